@@ -1,0 +1,52 @@
+"""A picture of which source tokens the decoder looked at while it wrote each target token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
+  from tfm.translator import Translation
+
+
+def plot_alignment(translation: Translation, layer: int = -1, head: int | None = None) -> Figure:
+  """The cross-attention of a translation: a target token a row, a source token a column, dark is much.
+
+  Args:
+    translation: made with `return_attention=True`.
+    layer: decoder layer, from the end if negative.
+    head: a head, or None for the mean over heads.
+
+  Raises:
+    ValueError: the translation carries no attention.
+    ModuleNotFoundError: matplotlib is missing; it comes with the extra `plot`.
+  """
+  import matplotlib.ticker
+  from matplotlib.figure import Figure
+  if translation.attention is None:
+    raise ValueError('This translation has no attention; translate with return_attention=True.')
+  pattern_HxTxS = translation.attention[layer]
+  pattern_TxS = pattern_HxTxS.mean(axis=0) if head is None else pattern_HxTxS[head]
+  rows, columns = pattern_TxS.shape
+  figure = Figure(figsize=(2 + 0.42 * columns, 1.6 + 0.36 * rows), layout='constrained')
+  axes = figure.subplots()
+  image = axes.imshow(pattern_TxS, cmap='Blues', vmin=0.0, vmax=max(float(np.max(pattern_TxS)), 1e-6), aspect='auto')
+  axes.set_xticks(range(columns), _visible(translation.source_tokens), rotation=45, ha='left')
+  axes.set_yticks(range(rows), _visible(translation.tokens))
+  axes.xaxis.tick_top()
+  axes.tick_params(length=0)
+  axes.set_xlabel(f'source: {translation.source}')
+  axes.set_ylabel('written token')
+  which = 'mean of the heads' if head is None else f'head {head}'
+  axes.set_title(f'cross-attention, layer {range(len(translation.attention))[layer] + 1} of '
+                 f'{len(translation.attention)}, {which}', fontsize=10)
+  figure.colorbar(image, ax=axes, shrink=0.8, format=matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+  return figure
+
+
+def _visible(tokens: list[str]) -> list[str]:
+  """Tokens with their spaces shown; a dollar sign would start a formula."""
+  return [token.replace(' ', '\u2423').replace('$', r'\$') for token in tokens]

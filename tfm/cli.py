@@ -1,0 +1,259 @@
+"""The command line: `train.py`, and `tfm translate | evaluate | average`."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import tyro
+
+from tfm.config import Config, ConfigError
+from tfm.errors import UserError
+
+log = logging.getLogger('tfm')
+
+
+def main() -> None:
+  """`tfm`: use a trained run."""
+  commands = {'translate': translate, 'evaluate': evaluate, 'average': average}
+  _run(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog='tfm', description='Use trained runs.'))
+
+
+def _run(command: Callable[[], None]) -> None:
+  """Run a command; what the user can mend is one sentence on stderr, not a traceback."""
+  logging.basicConfig(level=logging.WARNING, format='%(message)s')
+  log.setLevel(logging.INFO)
+  try:
+    command()
+  except (UserError, FloatingPointError, FileNotFoundError, ModuleNotFoundError) as error:
+    sys.exit(f'error: {error}')
+  except BrokenPipeError:
+    sys.stderr.close()  # the reader of our output has gone; there is nobody to tell
+
+
+# -- train.py ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+  """What to train and where."""
+
+  config: Annotated[Config, tyro.conf.arg(name='')]
+  run: str | None = None
+  """Run folder; if it holds a run, training resumes. Default: runs/ and the name of the config."""
+  init_from: str | None = None
+  """Take the first weights (and nothing else) from this run."""
+
+
+def train_main(default_config: Path, arguments: list[str] | None = None) -> None:
+  """Train as the arguments say; the first one may be a config file."""
+  arguments = sys.argv[1:] if arguments is None else arguments
+  path = default_config
+  if arguments and not arguments[0].startswith('-'):
+    path, arguments = Path(arguments[0]), arguments[1:]
+  _run(lambda: _train(path, arguments))
+
+
+def _train(path: Path, arguments: list[str]) -> None:
+  config, docstring = read_recipe(path)
+  given = tyro.cli(TrainArguments, default=TrainArguments(config), args=arguments, prog='train.py [CONFIG.py]',
+                   description=docstring)
+  from tfm.pipeline import load
+  from tfm.text.corpora import build_corpus
+  from tfm.training.compilation_cache import use_compilation_cache
+  from tfm.training.loop import train
+  from tfm.training.report import picture, test_report
+  use_compilation_cache()
+  run = given.run or str(Path('runs') / path.stem)
+  outcome = train(given.config, run, given.init_from)
+  log.info('Training ended at step %d (%s): %s', outcome.step, outcome.reason, outcome.folder)
+  if outcome.reason.startswith('SIG'):
+    return
+  pairs = build_corpus(given.config.data).test()
+  if pairs is not None:
+    translator = load(outcome.folder)
+    print(test_report(translator, pairs))
+    print(picture(translator, pairs[0][0], outcome.folder / 'attention.png'))
+
+
+def read_recipe(path: Path) -> tuple[Config, str]:
+  """The `config` of a recipe file and its docstring."""
+  if not path.is_file():
+    raise ConfigError(f'There is no config file {path}; give one of configs/*.py or your own.')
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = getattr(module, 'config', None)
+  if not isinstance(config, Config):
+    raise ConfigError(f'{path} does not define `config = Config(...)`.')
+  return config, module.__doc__ or ''
+
+
+# -- tfm --------------------------------------------------------------------------------------------------------------
+
+
+def translate(
+    run: tyro.conf.Positional[str],
+    /,
+    input: Path | None = None,
+    output: Path | None = None,
+    beam_size: int | None = None,
+    num_hypotheses: int = 1,
+    length_penalty: float | None = None,
+    sampling_temperature: float | None = None,
+    sampling_topk: int = 0,
+    sampling_topp: float = 1.0,
+    seed: int = 0,
+    scores: bool = False,
+    chunk: int = 1024,
+) -> None:
+  """Translate lines: one line in, one line out, in order.
+
+  Args:
+    run: Run folder.
+    input: Text file, plain or .gz; standard input if left out.
+    output: File to write; standard output if left out.
+    beam_size: Hypotheses kept while searching; the run's setting if left out, 1 is greedy.
+    num_hypotheses: Write so many lines per line: number, text and score, separated by tabs.
+    length_penalty: Alpha; the run's setting if left out.
+    sampling_temperature: Sample at this temperature instead of searching.
+    sampling_topk: Sample from the k most probable tokens.
+    sampling_topp: Sample from the most probable tokens that make up this probability.
+    seed: Seed of the samples.
+    scores: Write score and text, separated by a tab.
+    chunk: Lines translated together; output appears after each chunk. A terminal is answered line by line.
+  """
+  from tfm.pipeline import load
+  from tfm.text.corpora import read_lines
+  translator = load(run)
+  interactive = input is None and sys.stdin.isatty()
+  lines = iter(read_lines(input)) if input is not None else _stdin_lines()
+  sink = open(output, 'w', encoding='utf-8', newline='\n') if output is not None else sys.stdout
+  bar = _bar(interactive)
+  try:
+    while block := list(islice(lines, 1 if interactive else chunk)):
+      done = 0
+
+      def progress(count: int) -> None:
+        nonlocal done
+        bar.update(count - done)
+        done = count
+
+      found = translator.translate(
+          block, beam_size=beam_size, num_hypotheses=num_hypotheses, length_penalty=length_penalty,
+          sampling_temperature=sampling_temperature, sampling_topk=sampling_topk, sampling_topp=sampling_topp,
+          seed=seed, progress=progress)
+      for number, translation in enumerate(found, bar.n - len(block) + 1):
+        _write(sink, number, translation, num_hypotheses, scores)
+      sink.flush()
+  finally:
+    bar.close()
+    if output is not None:
+      sink.close()
+
+
+def _write(sink: TextIO, number: int, translation, num_hypotheses: int, scores: bool) -> None:
+  for hypothesis in translation.hypotheses:
+    text = hypothesis.text.replace('\n', ' ')  # one line out: a model may write a line feed that it was taught
+    if num_hypotheses > 1:
+      print(number, text, f'{hypothesis.score:.4f}', sep='\t', file=sink)
+    else:
+      print(*([f'{hypothesis.score:.4f}'] if scores else []), text, sep='\t', file=sink)
+
+
+def _stdin_lines() -> Iterator[str]:
+  for number, line in enumerate(sys.stdin.buffer, 1):
+    try:
+      yield line.decode('utf-8').removesuffix('\n').removesuffix('\r')
+    except UnicodeDecodeError as error:
+      raise UserError(f'Line {number} of standard input is not UTF-8 (byte {error.start + 1}); convert it.') from error
+
+
+def _bar(interactive: bool):
+  from tqdm import tqdm
+  return tqdm(unit=' lines', file=sys.stderr, disable=interactive or not sys.stderr.isatty())
+
+
+def evaluate(
+    runs: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    source: Path | None = None,
+    reference: Path | None = None,
+    beam_size: int | None = None,
+    length_penalty: float | None = None,
+    output: Path | None = None,
+) -> None:
+  """BLEU and chrF with signatures and bootstrap intervals; several runs are compared by paired bootstrap.
+
+  Args:
+    runs: Run folders; the first is the baseline of the comparison.
+    source: Text file to translate; the test set of the run's config if left out.
+    reference: Its translation, line by line.
+    beam_size: The run's setting if left out.
+    length_penalty: The run's setting if left out.
+    output: Write the translations of the first run here.
+  """
+  from tfm.pipeline import load
+  from tfm.scores import bleu, chrf, exact_match, paired_bootstrap, tokenized_bleu
+  from tfm.text.corpora import build_corpus, read_lines
+  from tfm.training.run_folder import RunFolder
+  if not runs:
+    raise UserError('Name at least one run folder.')
+  data = RunFolder(runs[0]).read_config().data
+  if (source is None) != (reference is None):
+    raise UserError('Give both --source and --reference, or neither for the test set of the run.')
+  if source is not None:
+    sources, references = read_lines(source), read_lines(reference)
+    if len(sources) != len(references):
+      raise UserError(f'{source} has {len(sources)} lines and {reference} {len(references)}; they must match.')
+  else:
+    pairs = build_corpus(data).test()
+    if pairs is None:
+      raise UserError(f'{runs[0]} has no test set (data.test); give --source and --reference.')
+    sources, references = map(list, zip(*pairs))
+  systems = {}
+  for run in runs:
+    found = load(run).translate(sources, beam_size=beam_size, length_penalty=length_penalty)
+    hypotheses = systems[run] = [translation.text for translation in found]
+    print(run)
+    print(f'  {bleu(hypotheses, references, bootstrap=True)}')
+    print(f'  {chrf(hypotheses, references, bootstrap=True)}')
+    try:
+      print(f'  {tokenized_bleu(hypotheses, references, data.target, bootstrap=True)}')
+    except ModuleNotFoundError as error:
+      print(f'  {error}')
+    print(f'  exact match {exact_match(hypotheses, references):.1f} %')
+  if len(systems) > 1:
+    print('paired bootstrap against the first:')
+    print(paired_bootstrap(systems, references))
+  if output is not None:
+    output.write_text('\n'.join(systems[runs[0]]) + '\n', encoding='utf-8')
+
+
+def average(
+    run: tyro.conf.Positional[str],
+    /,
+    last: int | None = None,
+    best: int | None = None,
+    steps: tuple[int, ...] | None = None,
+    output: Path | None = None,
+) -> None:
+  """Average the weights of several checkpoints into a run folder that translates like any other.
+
+  Args:
+    run: Run folder.
+    last: The newest so many checkpoints.
+    best: The best so many validated checkpoints.
+    steps: These checkpoints.
+    output: Folder to write; RUN/averaged if left out.
+  """
+  from tfm.training.average import average_run
+  if sum(choice is not None for choice in (last, best, steps)) != 1:
+    raise UserError('Give exactly one of --last, --best and --steps.')
+  print(average_run(run, last=last, best=best, steps=steps, output=output))

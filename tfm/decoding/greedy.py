@@ -1,0 +1,26 @@
+"""Greedy search: always the most probable next token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from tfm.decoding.cache import Cache, Step
+from tfm.decoding.loop import BOS, PAD, Decoded, autoregress, highest
+
+
+def greedy_search(step: Step, cache: Cache, max_lengths_B: jax.Array, length: int,
+                  prefix_BxP: jax.Array | None = None, prefix_lengths_B: jax.Array | None = None,
+                  forbidden: Sequence[int] = (PAD, BOS)) -> Decoded:
+  """The output in which every token is the most probable one after those before it; ties go to the lowest id.
+
+  One row per sentence (`init_cache` with rows_per_source 1). The arguments are those of
+  `tfm.decoding.loop.autoregress`.
+  """
+
+  def most_probable(log_probs_BxV: jax.Array, t: jax.Array) -> jax.Array:
+    del t
+    return highest(log_probs_BxV)
+
+  return autoregress(step, cache, most_probable, max_lengths_B, length, prefix_BxP, prefix_lengths_B, forbidden)

@@ -1,0 +1,5 @@
+"""What a user can mend."""
+
+
+class UserError(ValueError):
+  """Bad input. The message is one sentence: what, where, what to do; the command line prints it without a traceback."""

@@ -1,0 +1,107 @@
+"""N layers in a row, unrolled or scanned, from the same code (and, through `tfm.models.layout`, the same parameters)."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core.scope import DenyList
+
+from tfm.config import TransformerConfig
+from tfm.models.layers import DecoderLayer, EncoderLayer, split
+
+REMAT_POLICIES = {
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def _with_remat(layer: type[nn.Module], config: TransformerConfig) -> type[nn.Module]:
+  if config.remat == 'none':
+    return layer
+  # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+  return nn.remat(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers, methods=['__call__'])
+
+
+def _scanned(layer: type[nn.Module], length: int, broadcast: int, methods: dict[str, dict] | None = None):
+  """`layer` looped over stacked parameters: (carry, one value per layer..., `broadcast` values for all)."""
+  common = dict(
+      # Every collection but the parameters passes too (taps, intermediates): nn.scan drops silently what is not named.
+      variable_axes={'params': 0, DenyList(('params',)): 0},
+      split_rngs={'params': True},
+      length=length,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+  )
+  every = {'__call__': dict(in_axes=(0,) + (nn.broadcast,) * broadcast), **(methods or {})}
+  return nn.scan(layer, methods={name: {**common, **axes} for name, axes in every.items()})
+
+
+class EncoderStack(nn.Module):
+  """The encoder's layers; with pre-norm also the final LayerNorm."""
+
+  config: TransformerConfig
+
+  def setup(self):
+    c = self.config
+    layer = _with_remat(EncoderLayer, c)
+    if c.scan_layers:
+      self.layers = _scanned(layer, c.encoder_layers, broadcast=1)(c)
+    else:
+      self.layers = [layer(c) for _ in range(c.encoder_layers)]
+
+  def __call__(self, x_BxSxD, mask, dropout_key=None):
+    c = self.config
+    keys = split(dropout_key, c.encoder_layers)
+    if c.scan_layers:
+      return self.layers(x_BxSxD, _stack(keys), mask)[0]
+    for layer, key in zip(self.layers, keys):
+      x_BxSxD, _ = layer(x_BxSxD, key, mask)
+    return x_BxSxD
+
+
+class DecoderStack(nn.Module):
+  """The decoder's layers: all positions at once, or step by step with a cache."""
+
+  config: TransformerConfig
+
+  def setup(self):
+    c = self.config
+    layer = _with_remat(DecoderLayer, c)
+    if c.scan_layers:
+      # A cache holds rows first (they are reordered in beam search) and layers second.
+      self.layers = _scanned(layer, c.decoder_layers, broadcast=3, methods={
+          'memory_keys_values': dict(in_axes=(nn.broadcast,), out_axes=1),
+          'step': dict(in_axes=(1, 1, nn.broadcast, nn.broadcast), out_axes=1),
+      })(c)
+    else:
+      self.layers = [layer(c) for _ in range(c.decoder_layers)]
+
+  def __call__(self, x_BxTxD, memory_BxSxD, self_mask, cross_mask, dropout_key=None):
+    c = self.config
+    keys = split(dropout_key, c.decoder_layers)
+    if c.scan_layers:
+      return self.layers(x_BxTxD, _stack(keys), memory_BxSxD, self_mask, cross_mask)[0]
+    for layer, key in zip(self.layers, keys):
+      x_BxTxD, _ = layer(x_BxTxD, key, memory_BxSxD, self_mask, cross_mask)
+    return x_BxTxD
+
+  def memory_keys_values(self, memory_BxSxD):
+    """Of every layer: a tuple of layers, or stacked along axis 1."""
+    if self.config.scan_layers:
+      return self.layers.memory_keys_values(None, memory_BxSxD)[1]
+    return tuple(layer.memory_keys_values(None, memory_BxSxD)[1] for layer in self.layers)
+
+  def step(self, x_RxTxD, past, memory, index, cross_mask):
+    if self.config.scan_layers:
+      return self.layers.step(x_RxTxD, past, memory, index, cross_mask)
+    grown = []
+    for layer, layer_past, layer_memory in zip(self.layers, past, memory):
+      x_RxTxD, layer_past = layer.step(x_RxTxD, layer_past, layer_memory, index, cross_mask)
+      grown.append(layer_past)
+    return x_RxTxD, tuple(grown)
+
+
+def _stack(keys):
+  return None if keys[0] is None else functools.reduce(lambda a, b: jnp.concatenate([a, b]), [k[None] for k in keys])

@@ -1,0 +1,94 @@
+"""How good translations are: BLEU and chrF through sacreBLEU, always with the signature that says how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Score:
+  """A corpus score and the sacreBLEU signature without which it means nothing."""
+
+  name: str
+  value: float
+  """0 to 100."""
+  signature: str
+  interval: float | None = None
+  """Half-width of the 95 % bootstrap interval over sentences, where it was asked for."""
+
+  def __str__(self) -> str:
+    interval = '' if self.interval is None else f' +- {self.interval:.2f}'
+    return f'{self.name} {self.value:.2f}{interval}  {self.signature}'
+
+
+BOOTSTRAP = 1000
+"""Resamples of the bootstrap; sacreBLEU draws them with seed 12345."""
+
+
+def bleu(hypotheses: Sequence[str], references: Sequence[str], bootstrap: bool = False) -> Score:
+  """Cased BLEU with the 13a tokenisation: the figure to publish (Post 2018)."""
+  from sacrebleu.metrics import BLEU
+  return _score('BLEU', BLEU(), hypotheses, references, bootstrap)
+
+
+def chrf(hypotheses: Sequence[str], references: Sequence[str], bootstrap: bool = False) -> Score:
+  """chrF2 (Popovic 2015)."""
+  from sacrebleu.metrics import CHRF
+  return _score('chrF2', CHRF(), hypotheses, references, bootstrap)
+
+
+def tokenized_bleu(hypotheses: Sequence[str], references: Sequence[str], language: str,
+                   bootstrap: bool = False) -> Score:
+  """BLEU over lower-cased Moses tokens, as papers on Multi30k report it; only for comparison with them.
+
+  Raises:
+    ModuleNotFoundError: sacremoses is missing; it comes with the extra `moses`.
+  """
+  from sacrebleu.metrics import BLEU
+  try:
+    from sacremoses import MosesPunctNormalizer, MosesTokenizer
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("The lower-cased tokenised BLEU needs Moses tokens: pip install 'tfm[moses]'.") from error
+  normalizer, tokenizer = MosesPunctNormalizer(lang=language), MosesTokenizer(lang=language)
+
+  def prepare(lines):
+    return [tokenizer.tokenize(normalizer.normalize(line.lower()), return_str=True, escape=False) for line in lines]
+
+  return _score('BLEU (lower-cased Moses tokens)', BLEU(tokenize='none', force=True), prepare(hypotheses),
+                prepare(references), bootstrap)
+
+
+def exact_match(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+  """Per cent of sentences that equal their reference."""
+  return 100.0 * sum(h == r for h, r in zip(hypotheses, references, strict=True)) / max(len(references), 1)
+
+
+def paired_bootstrap(systems: dict[str, Sequence[str]], references: Sequence[str]) -> str:
+  """sacreBLEU's paired bootstrap (Koehn 2004) of every system against the first, as a table.
+
+  With a single system there is nothing to pair: the interval of `bleu(..., bootstrap=True)` stands alone.
+  """
+  from sacrebleu.metrics import BLEU, CHRF
+  from sacrebleu.significance import PairedTest
+  test = PairedTest(list(systems.items()), {'BLEU': BLEU(references=[list(references)]),
+                                            'chrF2': CHRF(references=[list(references)])},
+                    references=None, test_type='bs', n_samples=BOOTSTRAP)
+  signatures, results = test()
+  lines = []
+  for index, name in enumerate(systems):
+    cells = []
+    for metric in ('BLEU', 'chrF2'):
+      result = results[metric][index]
+      p = '' if result.p_value is None else f' (p = {result.p_value:.4f})'
+      cells.append(f'{metric} {result.score:.2f}, mean {result.mean:.2f} +- {result.ci:.2f}{p}')
+    lines.append(f'{name}: {"; ".join(cells)}')
+  return '\n'.join(lines + [f'{metric}: {signature}' for metric, signature in signatures.items()])
+
+
+def _score(name, metric, hypotheses, references, bootstrap) -> Score:
+  arguments = {'n_bootstrap': BOOTSTRAP} if bootstrap else {}
+  result = metric.corpus_score(list(hypotheses), [list(references)], **arguments)
+  # sacreBLEU keeps the interval's half-width in a private field and prints it; there is no public one.
+  interval = result._ci if bootstrap else None
+  return Score(name, result.score, str(metric.get_signature()), interval)

@@ -1,0 +1,172 @@
+"""Corpora: where sentence pairs come from. Parallel text files here; numbers in words in `tfm.text.numbers`."""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import gzip
+import os
+import zlib
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from tfm.config import DataConfig
+from tfm.errors import UserError
+from tfm.text.numbers import Numbers
+
+Pair = tuple[str, str]
+
+
+class DataError(UserError):
+  """Text that cannot be used; the message names file and line and says what to do."""
+
+
+class FiniteCorpus(Protocol):
+  """A corpus with a fixed list of training pairs; an epoch goes through all of them once."""
+
+  endless: Literal[False]
+
+  def train(self) -> list[Pair]:
+    """All training pairs, in their own order."""
+
+  def validation(self) -> list[Pair]:
+    """Pairs to choose the model by."""
+
+  def test(self) -> list[Pair] | None:
+    """Pairs for the final figure; None where there are none."""
+
+  def tokenizer_texts(self) -> list[Pair]:
+    """What tokenizers are trained on: always the same, from training data alone."""
+
+  def describe(self) -> str:
+    """One phrase for reports."""
+
+
+class EndlessCorpus(Protocol):
+  """A corpus whose training pairs are drawn; the other methods are those of `FiniteCorpus`."""
+
+  endless: Literal[True]
+
+  def draw(self, rng: np.random.Generator, count: int) -> list[Pair]:
+    """`count` training pairs, from `rng` alone."""
+
+  def validation(self) -> list[Pair]: ...
+
+  def test(self) -> list[Pair] | None: ...
+
+  def tokenizer_texts(self) -> list[Pair]: ...
+
+  def describe(self) -> str: ...
+
+
+Corpus = FiniteCorpus | EndlessCorpus
+
+
+def build_corpus(config: DataConfig) -> Corpus:
+  """The corpus of `config`; raises `ConfigError` or `DataError`."""
+  return Numbers(config) if config.corpus == 'numbers' else ParallelFiles(config)
+
+
+class ParallelFiles:
+  """Parallel text: line i of ROOT/train.de and line i of ROOT/train.en are a pair; plain or .gz.
+
+  All files are read and checked when the corpus is built, so that a bad line in the test set shows before training.
+
+  Raises:
+    DataError: a file is missing, is not intact, has an empty line or not as many lines as its partner.
+  """
+
+  endless = False
+
+  def __init__(self, config: DataConfig):
+    if config.root is None or config.train is None or config.validation is None:
+      raise DataError("data.corpus='files' needs data.root, data.train and data.validation.")
+    self._train, self._validation, self._test = (
+      None if stem is None else _read_pairs(Path(config.root), stem, config.source, config.target)
+      for stem in (config.train, config.validation, config.test))
+    self._name = f'{Path(config.root, config.train)}, {config.source} to {config.target}'
+
+  def train(self) -> list[Pair]:
+    return self._train
+
+  def validation(self) -> list[Pair]:
+    return self._validation
+
+  def test(self) -> list[Pair] | None:
+    return self._test
+
+  def tokenizer_texts(self) -> list[Pair]:
+    return self._train
+
+  def describe(self) -> str:
+    test = 'no test set' if self._test is None else f'{len(self._test):,} for the test'
+    return f'{self._name}; {len(self._train):,} pairs, {len(self._validation):,} for validation, {test}'
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+  """The lines of a UTF-8 file, plain or .gz, without their line ends.
+
+  Only LF ends a line and a CR before it goes; other separators of Unicode are text, so that both sides of a corpus
+  are counted as `wc -l` counts them. A byte order mark at the start of the file is left out.
+
+  Raises:
+    DataError: missing file, damaged gzip, or bytes that are not UTF-8.
+  """
+  path = Path(path)
+  try:
+    data = path.read_bytes()
+    if path.suffix == '.gz':
+      data = gzip.decompress(data)
+  except FileNotFoundError:
+    raise DataError(f'there is no file {path}{_similar(path.parent, path.name)}') from None
+  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    raise DataError(f'{path} is not an intact gzip file ({error}); fetch it again, or drop .gz from its name if it is '
+                    'plain text.') from error
+  except OSError as error:
+    raise DataError(f'{path} cannot be read: {error.strerror}.') from error
+  data = data.removeprefix(codecs.BOM_UTF8)
+  try:
+    text = data.decode('utf-8')
+  except UnicodeDecodeError as error:
+    line = data.count(b'\n', 0, error.start) + 1
+    byte = error.start - data.rfind(b'\n', 0, error.start)
+    raise DataError(f'{path}, line {line:,}: byte {byte} (0x{data[error.start]:02x}) is not UTF-8; convert the file, '
+                    'for example with `iconv -t utf-8`.') from None
+  lines = text.split('\n')
+  if not lines[-1]:
+    lines.pop()
+  return [line.removesuffix('\r') for line in lines]
+
+
+def _read_pairs(root: Path, stem: str, source: str, target: str) -> list[Pair]:
+  paths = [_find(root, f'{stem}.{language}') for language in (source, target)]
+  sides = [read_lines(path) for path in paths]
+  if len(sides[0]) != len(sides[1]):
+    raise DataError(f'{paths[0]} has {len(sides[0]):,} lines, {paths[1].name} {len(sides[1]):,}; line i of one must '
+                    'translate line i of the other.')
+  for path, lines in zip(paths, sides):
+    if not lines:
+      raise DataError(f'{path} has no lines; give at least one sentence.')
+    for number, line in enumerate(lines, start=1):
+      if not line.strip():
+        raise DataError(f'{path}, line {number:,} is empty; remove that line from both files of the pair.')
+  return list(zip(*sides))
+
+
+def _find(root: Path, name: str) -> Path:
+  if not root.is_dir():
+    raise DataError(f'data.root {root} is not a folder; set it to where {name} lies.')
+  found = [path for path in (root / name, root / f'{name}.gz') if path.exists()]
+  if len(found) > 1:
+    raise DataError(f'{root} has both {name} and {name}.gz; remove the one that is not meant.')
+  if not found:
+    raise DataError(f'{root} has neither {name} nor {name}.gz{_similar(root, name)}')
+  return found[0]
+
+
+def _similar(folder: Path, name: str) -> str:
+  names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+  close = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
+  return f'; similar names there: {", ".join(close)}.' if close else '; nothing there has a similar name.'

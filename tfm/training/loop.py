@@ -1,0 +1,170 @@
+"""The training loop: feed the step, look up now and then, save, and stop cleanly."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from tfm.config import Config, ConfigError
+from tfm.models.layout import layout_of
+from tfm.text.batches import encode_pairs, evaluation_batches, prefetch
+from tfm.text.corpora import build_corpus
+from tfm.training.host_memory import reuse_freed_memory
+from tfm.training.interrupt import Interrupt
+from tfm.training.metrics import MetricsLog, Progress, Throughput
+from tfm.training.start import Start, start
+from tfm.training.step import StepMetrics, TrainState, build_step
+from tfm.training.validation import out_of_patience, validate, write_samples
+from tfm.translator import Translator
+
+log = logging.getLogger('tfm')
+
+
+class TrainingDiverged(FloatingPointError):
+  """The loss or the gradient is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+  """How training ended."""
+
+  folder: Path
+  step: int
+  reason: str
+  """'finished', 'early stop', or the name of the signal."""
+
+
+def train(config: Config, run: str, init_run: str | None = None) -> Outcome:
+  """Train in the folder `run` until `training.steps`; resumes by itself where the folder is a run already.
+
+  SIGTERM and SIGINT save a checkpoint and return. Dropout, order of the data and logged metrics depend on config and
+  seed alone, so a run that was killed and resumed ends with the same bytes as one that was not.
+
+  Args:
+    config: what to train.
+    run: the run folder.
+    init_run: take the first weights from this run (weights only).
+
+  Raises:
+    ConfigError, DataError: bad settings or data; nothing was written.
+    TrainingDiverged: names the step and the last good checkpoint.
+  """
+  if config.training.reuse_memory and jax.default_backend() == 'cpu':
+    log.info('On this CPU %s.', reuse_freed_memory())
+  corpus = build_corpus(config.data)
+  begin = start(config, corpus, run, init_run)
+  log.info('%s', begin.sentence)
+  log.info('%s: %s', corpus.describe(), begin.batches.report())
+  return _Loop(config, begin, corpus.validation()).run()
+
+
+class _Loop:
+  """One sitting of a run. Metrics are fetched a step behind, so that the device never waits for the host."""
+
+  def __init__(self, config: Config, begin: Start, validation_pairs):
+    self.config, self.training, self.begin = config, config.training, begin
+    self.state: TrainState = begin.state
+    self.first_step = int(jax.device_get(begin.state.step))
+    self.compiled = jax.jit(build_step(config, begin.model), donate_argnums=0)
+    self.translator = Translator(begin.model, begin.state.params, begin.tokenizers, config.decoding)
+    self.decoded_pairs = validation_pairs[:self.training.validation_sentences]
+    self.validation_batches = evaluation_batches(encode_pairs(begin.tokenizers, validation_pairs), config.data,
+                                                 begin.batches.shapes)
+    self.pending: tuple[int, StepMetrics] | None = None
+
+  def run(self) -> Outcome:
+    total = self.training.steps
+    if self.first_step > total:
+      raise ConfigError(f'{self.begin.folder.path} is at step {self.first_step}, beyond training.steps={total}; '
+                        'raise training.steps.')
+    self.metrics = MetricsLog(self.begin.folder.path, self.first_step)
+    self.throughput, self.progress = Throughput(total, self.first_step), Progress(total, self.first_step)
+    step, reason = self.first_step, 'finished'
+    feed = prefetch(self.begin.batches, self.first_step, total)
+    try:
+      with Interrupt() as interrupt:
+        if self._out_of_patience():
+          return Outcome(self.begin.folder.path, step, 'early stop')
+        for index, batch in feed:
+          self._dispatch(index, batch)
+          step = index + 1
+          if step % self.training.validate_every == 0 or step == total:
+            self._checkpoint(step, self._validate(step))
+            if step != total and self._out_of_patience():
+              reason = 'early stop'
+              break
+          elif step % self.training.checkpoint_every == 0:
+            self._checkpoint(step, None)
+          elif interrupt.requested:
+            self._checkpoint(step, None, scheduled=False)
+          if interrupt.requested:
+            reason = interrupt.requested
+            self.progress.note(f'{reason}: saved step {step}; the same command resumes.')
+            break
+      return Outcome(self.begin.folder.path, step, reason)
+    finally:
+      feed.close()
+      self.begin.checkpoints.close()
+      self.metrics.close()
+      self.progress.close()
+
+  def _dispatch(self, index: int, batch) -> None:
+    """Start one update; meanwhile read what the one before left behind."""
+    device_batch = jax.device_put(tuple(batch))
+    # Nothing may move between host and device unseen: that would stall every step.
+    with jax.transfer_guard('disallow'):
+      self.state, metrics = self.compiled(self.state, device_batch)
+    self._read_pending()
+    self.pending = index + 1, metrics
+
+  def _read_pending(self) -> None:
+    if self.pending is None:
+      return
+    (step, metrics), self.pending = self.pending, None
+    metrics = jax.device_get(metrics)
+    tokens = float(metrics.sums.tokens)
+    loss, nll = float(metrics.sums.loss) / tokens, float(metrics.sums.nll) / tokens
+    if not (math.isfinite(loss) and math.isfinite(float(metrics.grad_norm))):
+      raise TrainingDiverged(self._diverged(step, loss, float(metrics.grad_norm)))
+    self.throughput.count(int(tokens))
+    self.progress.advance(step)
+    if step % self.training.log_every == 0 or step == self.training.steps:
+      rate = self.throughput.measure(step)
+      self.metrics.train(step, {
+          'loss': loss, 'nll': nll, 'accuracy': float(metrics.sums.correct) / tokens,
+          'grad_norm': float(metrics.grad_norm), 'learning_rate': float(metrics.learning_rate), 'tokens': int(tokens),
+      }, {'tokens_per_second': rate.tokens_per_second})
+      self.progress.report(step, loss, rate)
+
+  def _diverged(self, step: int, loss: float, grad_norm: float) -> str:
+    self.begin.checkpoints.wait()
+    saved = self.begin.checkpoints.steps()
+    good = f'The last good checkpoint is step {saved[-1]} in {self.begin.checkpoints.folder}' if saved else (
+        'No checkpoint was saved yet')
+    return (f'Step {step} gave loss {loss} and gradient norm {grad_norm}. {good}; lower optimizer.learning_rate, '
+            'lengthen warmup_steps or set clip_norm.')
+
+  def _validate(self, step: int) -> dict[str, float]:
+    self._read_pending()
+    self.throughput.pause()
+    figures, hypotheses = validate(self.begin.model, self.state.params, self.validation_batches, self.translator,
+                                   self.decoded_pairs)
+    self.metrics.validation(step, figures)
+    write_samples(self.begin.folder.samples / f'{step:06d}.txt', self.decoded_pairs[:self.training.samples], hypotheses)
+    self.throughput.go_on()
+    shown = ', '.join(f'{name} {value:.4g}' for name, value in figures.items())
+    self.progress.note(f'validation at step {step}: {shown} ({self.metrics.seconds:.0f} s)')
+    return figures
+
+  def _checkpoint(self, step: int, validation: dict[str, float] | None, scheduled: bool = True) -> None:
+    self._read_pending()  # a state whose loss was NaN must not be saved
+    self.metrics.flush()  # records first: a run never resumes from a step whose records are missing
+    self.begin.checkpoints.save(step, self.state, {'layout': layout_of(self.state.params)}, validation,
+                                scheduled=scheduled)
+
+  def _out_of_patience(self) -> bool:
+    return out_of_patience(self.metrics.history('validation'), self.training.keep_best_by, self.training.patience)

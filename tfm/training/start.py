@@ -1,0 +1,145 @@
+"""Where a run decides: start anew, start from another run's weights, or resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+
+from tfm.config import Config, ConfigError
+from tfm.models.build import build_model, count_parameters, initialize
+from tfm.models.layout import to_layout
+from tfm.models.transformer import EncoderDecoder
+from tfm.text.batches import Batches
+from tfm.text.corpora import Corpus
+from tfm.text.tokenizer import Tokenizers, train_tokenizers
+from tfm.training.checkpoints import Checkpoints, Damaged
+from tfm.training.initialize import init_from
+from tfm.training.run_folder import RunFolder
+from tfm.training.step import TrainState, new_state
+from tfm.training.validation import BETTER_IS_LOWER
+
+log = logging.getLogger('tfm')
+
+MAY_CHANGE = {'training.steps', 'training.patience', 'training.samples', 'training.log_every', 'training.reuse_memory',
+              'training.keep_last', 'data.root', 'model.remat', 'model.scan_layers'}
+"""Fields that may differ when a run resumes; decoding fields may too. Everything else would make it another run."""
+
+ROWS_MULTIPLE = 8
+"""Rows of a batch are a multiple of this, so that they divide among up to 8 processes and fill vector units."""
+
+
+@dataclass(frozen=True)
+class Start:
+  """What the loop begins with."""
+
+  folder: RunFolder
+  tokenizers: Tokenizers
+  batches: Batches
+  model: EncoderDecoder
+  state: TrainState
+  checkpoints: Checkpoints
+  sentence: str
+  """Which of the three it was."""
+
+
+def start(config: Config, corpus: Corpus, run: str, init_run: str | None) -> Start:
+  """Begin the run in folder `run`, or resume it where it is one already.
+
+  Raises:
+    ConfigError: the folder holds a run of another config, or `init_run` is given for a run that exists.
+  """
+  folder = RunFolder(run)
+  exists = folder.is_run()
+  if exists:
+    _require_same(folder.read_config(), config, folder)
+    tokenizers = folder.read_tokenizers()
+  else:
+    tokenizers = train_tokenizers(config.tokenizer, corpus.tokenizer_texts())
+  batches = Batches(corpus, tokenizers, config.data, config.training.seed,
+                    rows_multiple=math.lcm(ROWS_MULTIPLE, config.training.accumulate))
+  # Only now that config, data and tokenizers are known to go together is anything written.
+  if exists:
+    folder.write_config(config)
+  else:
+    folder.create(config, tokenizers)
+  model = build_model(config.model, tokenizers.source.vocab_size, tokenizers.target.vocab_size)
+  training = config.training
+  checkpoints = Checkpoints(folder.checkpoints, training.keep_last, training.keep_best, training.keep_best_by,
+                            BETTER_IS_LOWER[training.keep_best_by])
+  abstract = jax.eval_shape(partial(_fresh_state, config, model))
+  restored = _restore(checkpoints, config, model, abstract)
+  if restored is not None:
+    state, step = restored
+    sentence = f'Resuming {folder.path} at step {step} of {training.steps}'
+  else:
+    state, sentence = _fresh_state(config, model), f'Starting {folder.path}'
+    if init_run is not None:
+      params, report = init_from(init_run, state.params, tokenizers)
+      state, sentence = new_state(config, model, params), f'{sentence} from the weights of {init_run}: {report}'
+  if init_run is not None and restored is not None:
+    raise ConfigError(f'{folder.path} is a run at step {step} already, so --init-from would have no effect; '
+                      'leave it out to resume, or choose another --run.')
+  return Start(folder, tokenizers, batches, model, state, checkpoints,
+               f'{sentence}: {count_parameters(state.params):,} parameters.')
+
+
+def _fresh_state(config: Config, model: EncoderDecoder) -> TrainState:
+  key = jax.random.fold_in(jax.random.key(config.training.seed), 0)
+  return new_state(config, model, initialize(model, key))
+
+
+def _restore(checkpoints, config, model, abstract) -> tuple[TrainState, int] | None:
+  """The newest intact state in the layout of `config`, whichever layout it was saved in."""
+  if not checkpoints.steps():
+    return None
+  layout, other = ('scanned', 'unrolled') if config.model.scan_layers else ('unrolled', 'scanned')
+  if _newest_layout(checkpoints, default=layout) == layout:
+    state, meta = checkpoints.restore_latest(abstract)
+    return state, meta['step']
+  convert = partial(_convert_state, layout=layout)
+  state, meta = checkpoints.restore_latest(jax.eval_shape(partial(_convert_state, layout=other), abstract))
+  log.warning('The checkpoint is %s and the config asks for %s layers; converted.', other, layout)
+  return jax.jit(convert)(state), meta['step']
+
+
+def _newest_layout(checkpoints: Checkpoints, default: str) -> str:
+  for step in reversed(checkpoints.steps()):
+    try:
+      return checkpoints.read_meta(step)['layout']
+    except Damaged:  # said when the state is restored
+      continue
+  return default
+
+
+def _convert_state(state: TrainState, layout) -> TrainState:
+  """Parameters, and every part of the optimizer state that is shaped like them, in another layout."""
+
+  def is_params(node: Any) -> bool:
+    return isinstance(node, dict) and 'decoder' in node
+
+  convert = lambda node: to_layout(node, layout) if is_params(node) else node
+  return jax.tree.map(convert, state, is_leaf=is_params)
+
+
+def _require_same(stored: Config, given: Config, folder: RunFolder) -> None:
+  different = [f'{name} was {old!r} and is now {new!r}' for name, old, new in differences(stored, given)
+               if name not in MAY_CHANGE and not name.startswith('decoding.')]
+  if different:
+    raise ConfigError(f'{folder.path} is a run of another config: {"; ".join(different)}. '
+                      'Give the same config to resume it, or another --run.')
+
+
+def differences(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
+  """The leaves in which two configs differ: (dotted name, value in one, value in other)."""
+  found = []
+  for section in dataclasses.fields(Config):
+    a, b = getattr(one, section.name), getattr(other, section.name)
+    found += [(f'{section.name}.{leaf.name}', getattr(a, leaf.name), getattr(b, leaf.name))
+              for leaf in dataclasses.fields(a) if getattr(a, leaf.name) != getattr(b, leaf.name)]
+  return found

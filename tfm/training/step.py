@@ -1,0 +1,98 @@
+"""The training step: a pure function (state, batch) -> (state, metrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from tfm.config import Config
+from tfm.models.transformer import EncoderDecoder
+from tfm.special_ids import PAD
+from tfm.training.loss import Sums, chunked_token_sums
+from tfm.training.optimizer import build_optimizer
+from tfm.training.schedule import learning_rate
+
+
+@struct.dataclass
+class TrainState:
+  """All that changes while training; the data position is `step`."""
+
+  step: jax.Array
+  """Updates made so far, int32."""
+  params: Any
+  opt_state: Any
+  key: jax.Array
+  """Typed key from which every step folds its own; it never changes."""
+
+
+@struct.dataclass
+class StepMetrics:
+  """What one update leaves behind; sums over the whole batch, float32 scalars."""
+
+  sums: Sums
+  grad_norm: jax.Array
+  learning_rate: jax.Array
+
+
+Batch = tuple[jax.Array, jax.Array]
+"""source_BxS, target_BxT: int32 ids, padded on the right with 0; targets begin with <s> and end with </s>."""
+
+
+def new_state(config: Config, model: EncoderDecoder, params: Any) -> TrainState:
+  optimizer = build_optimizer(config.optimizer, config.model.d_model, config.training.steps)
+  key = jax.random.fold_in(jax.random.key(config.training.seed), 1)  # 0 is the key of the initialisation
+  return TrainState(jnp.int32(0), params, optimizer.init(params), key)
+
+
+def batch_sums(model: EncoderDecoder, params: Any, batch: Batch, smoothing: float, dropout_key=None) -> Sums:
+  """Loss sums of a batch. The decoder's inputs are the targets shifted right: without the last token."""
+  source_BxS, target_BxT = batch
+  hidden_BxTxD = model.apply({'params': params}, source_BxS, target_BxT[:, :-1], dropout_key, method='hidden')
+  labels_BxT = target_BxT[:, 1:]
+  return chunked_token_sums(
+      lambda params, hidden_BxTxD: model.apply({'params': params}, hidden_BxTxD, method='unembed'),
+      params, hidden_BxTxD, labels_BxT, (labels_BxT != PAD).astype(jnp.float32), smoothing, model.target_vocab_size)
+
+
+def build_step(config: Config, model: EncoderDecoder) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+  """The step of this config, not yet compiled."""
+  optimizer = build_optimizer(config.optimizer, config.model.d_model, config.training.steps)
+  rate = learning_rate(config.optimizer, config.model.d_model, config.training.steps)
+  smoothing, micro = config.optimizer.label_smoothing, config.training.accumulate
+  uses_dropout = config.model.dropout or config.model.attention_dropout or config.model.activation_dropout
+
+  def loss_of(params, batch, key):
+    sums = batch_sums(model, params, batch, smoothing, key if uses_dropout else None)
+    return sums.loss, sums
+
+  def gradient_sums(params, batch, key):
+    (_, sums), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, batch, key)
+    return gradients, sums
+
+  def accumulated(params, batch, key):
+    """The same sums from `micro` slices of the rows, one after another."""
+    slices = jax.tree.map(lambda rows: rows.reshape((micro, -1) + rows.shape[1:]), batch)
+
+    def add(total, numbered):
+      index, piece = numbered
+      return jax.tree.map(jnp.add, total, gradient_sums(params, piece, jax.random.fold_in(key, index))), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (params, Sums(*[jnp.float32(0)] * 4)))
+    return jax.lax.scan(add, zeros, (jnp.arange(micro), slices))[0]
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    key = jax.random.fold_in(state.key, state.step)
+    gradients, sums = (gradient_sums if micro == 1 else accumulated)(state.params, batch, key)
+    # The one division: by the target tokens of the whole batch, however it was cut.
+    gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1.0), gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    metrics = StepMetrics(sums, optax.global_norm(gradients), rate(state.step))
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+  return step
