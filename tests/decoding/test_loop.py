@@ -149,3 +149,8 @@ def test_what_cannot_be_honoured_is_refused(toy, arguments, sentence):
 def test_forced_tokens_beyond_the_width_of_the_prefix_are_free():
   forced_B, _ = loop.forced_tokens(jnp.array([[4, 5]]), jnp.array([9]), jnp.int32(2), 1)
   assert not forced_B.any()
+
+
+def test_highest_is_the_first_maximum():
+  values_BxV = jnp.array([[1., 3., 3., 2.], [IMPOSSIBLE] * 4, [0., 1., 2., 3.]])
+  assert loop.highest(values_BxV).tolist() == jnp.argmax(values_BxV, -1).tolist() == [1, 0, 3]

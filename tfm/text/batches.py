@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from tfm.config import DataConfig, require
 from tfm.text.buckets import Shape, choose_shapes, cut, fit, padded_shape
-from tfm.text.corpora import Corpus, DataError, Pair
+from tfm.text.corpora import Corpus, DataError, EndlessCorpus, Pair
 from tfm.text.tokenizer import BOS, EOS, PAD, Tokenizers
 
 SAMPLE_PAIRS = 10_000
@@ -67,7 +67,8 @@ class Encoded:
     return Batch(self.source.pad(rows, shape.rows, shape.source), self.target.pad(rows, shape.rows, shape.target))
 
 
-_Plan = tuple[Encoded, list[tuple[Shape, np.ndarray]]]
+_Cuts = list[tuple[Shape, np.ndarray]]  # batches: the shape and the numbers of the pairs in it
+_Plan = tuple[Encoded, _Cuts]
 
 
 def encode_pairs(tokenizers: Tokenizers, pairs: Sequence[Pair]) -> Encoded:
@@ -104,7 +105,7 @@ class Batches:
     self._left_out: dict[int, np.ndarray] = {}  # by epoch: pairs over max_length, pairs over every shape
     multiple = math.lcm(rows_multiple, process_count)
     if corpus.endless:
-      self.shapes, self._counts = self._compose(multiple)
+      self.shapes, self._counts = self._compose(corpus, multiple)
       self.steps_per_epoch = sum(self._counts)
     else:
       self._train, over_long = self._encode(corpus.train())
@@ -166,7 +167,7 @@ class Batches:
 
   def _make_plan(self, epoch: int) -> _Plan:
     if self._corpus.endless:
-      pairs, batches, left_out = self._fill(np.random.Generator(self._bits(epoch, _DRAW)))
+      pairs, batches, left_out = self._fill(self._corpus, np.random.Generator(self._bits(epoch, _DRAW)))
       if left_out.any():
         self._left_out[epoch] = left_out
     else:
@@ -178,9 +179,9 @@ class Batches:
     # A seed may be negative, entropy may not.
     return np.random.Philox(np.random.SeedSequence([self._seed % 2 ** 64, epoch, purpose]))
 
-  def _compose(self, multiple: int) -> tuple[list[Shape], list[int]]:
+  def _compose(self, corpus: EndlessCorpus, multiple: int) -> tuple[list[Shape], list[int]]:
     # Shapes of an endless corpus and how many batches of each make a group, from a sample that no seed changes.
-    sample, _ = self._encode(self._corpus.draw(np.random.Generator(np.random.Philox(_SAMPLE)), SAMPLE_PAIRS))
+    sample, _ = self._encode(corpus.draw(np.random.Generator(np.random.Philox(_SAMPLE)), SAMPLE_PAIRS))
     self._require_pairs(sample)
     sources, targets = sample.source.lengths, sample.target.lengths
     # One pair that stands for the longest still to come; of the sample's own buckets it becomes the last.
@@ -199,14 +200,14 @@ class Batches:
     used = [i for i, count in enumerate(counts) if count]
     return [shapes[i] for i in used], [counts[i] for i in used]
 
-  def _fill(self, rng: np.random.Generator) -> tuple[Encoded, list[tuple[Shape, np.ndarray]], np.ndarray]:
+  def _fill(self, corpus: EndlessCorpus, rng: np.random.Generator) -> tuple[Encoded, _Cuts, np.ndarray]:
     # A pair that finds its bucket full moves on to the next wider one; one that finds all full is not used.
     room = [count * shape.rows for count, shape in zip(self._counts, self.shapes)]
     buckets: list[list[int]] = [[] for _ in room]
     parts: list[Encoded] = []
     drawn, left_out = 0, np.zeros(2, np.int64)
     while missing := sum(room) - sum(map(len, buckets)):
-      part, over_long = self._encode(self._corpus.draw(rng, missing + 16))
+      part, over_long = self._encode(corpus.draw(rng, missing + 16))
       parts.append(part)
       narrowest = fit(part.source.lengths, part.target.lengths, self.shapes)
       left_out += over_long, (narrowest == len(room)).sum()
@@ -250,7 +251,7 @@ def evaluation_batches(pairs: Encoded, data: DataConfig, shapes: Sequence[Shape]
   return batches
 
 
-def prefetch(batches: Batches, start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, Batch]]:
+def prefetch(batches: Batches, start: int, stop: int, depth: int = 2) -> Generator[tuple[int, Batch], None, None]:
   """(step, batch) for start <= step < stop, made ahead by one thread; an error there is raised here.
 
   Closing the iterator ends the thread; so does leaving a `for` loop over it, once it is collected.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def choose_shapes(sources: np.ndarray, targets: np.ndarray, data: DataConfig, ro
 
   widths, stop = [], size
   for buckets in range(int(best[:, size].argmin()), 0, -1):
-    widths.append(_round_up(widest[:, :stop].max(1)))  # over all narrower ones too: this makes the chain
+    widths.append(np.array(_round_up(widest[:, :stop].max(1))))  # over all narrower ones too: this makes the chain
     stop = start_of[buckets, stop]
   return [_shape(source, label, data, rows_multiple) for source, label in _refine(widths[::-1], sources, labels)]
 
@@ -87,7 +87,7 @@ def _refine(widths: list[np.ndarray], sources: np.ndarray, labels: np.ndarray) -
     better = False
     for i in range(len(widths) - 1):
       for move in WIDTH_MULTIPLE * np.array([(-1, 0), (0, -1), (1, 0), (0, 1)]):
-        moved = widths[i] + move
+        moved = np.add(widths[i], move)
         if (moved <= 0).any() or (moved > widths[i + 1]).any() or (i > 0 and (moved < widths[i - 1]).any()):
           continue
         trial = [*widths[:i], moved, *widths[i + 1:]]
@@ -141,5 +141,5 @@ def _shape(source: int, label: int, data: DataConfig, rows_multiple: int) -> Sha
   return Shape(rows, source, label + 1)
 
 
-def _round_up(width):
+def _round_up(width: Any) -> Any:
   return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE

@@ -78,15 +78,16 @@ class ParallelFiles:
     DataError: a file is missing, is not intact, has an empty line or not as many lines as its partner.
   """
 
-  endless = False
+  endless: Literal[False] = False
 
   def __init__(self, config: DataConfig):
     if config.root is None or config.train is None or config.validation is None:
       raise DataError("data.corpus='files' needs data.root, data.train and data.validation.")
-    self._train, self._validation, self._test = (
-      None if stem is None else _read_pairs(Path(config.root), stem, config.source, config.target)
-      for stem in (config.train, config.validation, config.test))
-    self._name = f'{Path(config.root, config.train)}, {config.source} to {config.target}'
+    root, languages = Path(config.root), (config.source, config.target)
+    self._train = _read_pairs(root, config.train, *languages)
+    self._validation = _read_pairs(root, config.validation, *languages)
+    self._test = None if config.test is None else _read_pairs(root, config.test, *languages)
+    self._name = f'{root / config.train}, {config.source} to {config.target}'
 
   def train(self) -> list[Pair]:
     return self._train

@@ -7,7 +7,7 @@ writes compounds, Japanese counts in ten-thousands, so the words of the two side
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import num2words
 import numpy as np
@@ -78,14 +78,15 @@ class Numbers:
   below a million 60 % have six digits, 24 % five, and 0.6 % one.
   """
 
-  endless = True
+  endless: Literal[True] = True
 
   def __init__(self, config: DataConfig):
     limit, held_out = config.limit, config.held_out
     if limit is None or held_out is None:
       raise ConfigError("data.corpus='numbers' needs data.limit and data.held_out.")
     require(limit <= LARGEST_LIMIT, f'data.limit is {limit:,}; give at most 10 ** 18.')
-    self._config = config
+    self._name = (f'numbers in words, {config.source} to {config.target}, 0 to {limit - 1:,}; {held_out:,} held out '
+                  f'for validation and {held_out:,} for the test')
     self._source = Speller(config.source, limit, 'data.source')
     self._target = Speller(config.target, limit, 'data.target')
     numbers = _held_out(limit, 2 * held_out)
@@ -121,9 +122,7 @@ class Numbers:
     return self.draw(np.random.Generator(np.random.Philox(TOKENIZER_SEED)), TOKENIZER_PAIRS)
 
   def describe(self) -> str:
-    config = self._config
-    return (f'numbers in words, {config.source} to {config.target}, 0 to {config.limit - 1:,}; {config.held_out:,} '
-            f'held out for validation and {config.held_out:,} for the test')
+    return self._name
 
   def _spell(self, numbers: list[int]) -> list[Pair]:
     return [(self._source(n), self._target(n)) for n in numbers]

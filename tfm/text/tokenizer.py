@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL_NAMES = ('<pad>', '<s>', '</s>', '<unk>')
 FORMAT = 1
 
-_INNER_SPACE = re.compile(r' (?<=[\w!-~] )(?=[\w!-~])')
+_WORD_SPACE = re.compile(r' (?=[\w!-~])')
 _WORDS = re.compile(r' ?\w+| ?[^\w\s]|\s')
 _ESCAPES = {'\\': '\\\\', '▁': '\\u2581', ' ': '▁'}
 
@@ -116,7 +116,7 @@ class SubwordTokenizer(Tokenizer):
 
   def __init__(self, kind: str, model: tokenizers.Tokenizer):
     self._model = model
-    pieces = [_bytes_of(model.id_to_token(i)) for i in range(model.get_vocab_size())]
+    pieces = [_bytes_of(symbols) for symbols, _ in sorted(model.get_vocab().items(), key=lambda item: item[1])]
     super().__init__(kind, [b''] * len(SPECIAL_NAMES) + pieces, prefix=True)
     self._ids_of_part = lru_cache(maxsize=1 << 16)(self._encode_part)
 
@@ -125,7 +125,7 @@ class SubwordTokenizer(Tokenizer):
     # (Its thread pool is slower than this memory, and makes every later fork print a warning.)
     known, ids = self._ids_of_part, []
     for text in texts:
-      first, *others = _INNER_SPACE.split(text)
+      first, *others = _WORD_SPACE.split(text)
       row = list(known(first))
       for part in others:
         row += known(' ' + part)
@@ -253,7 +253,7 @@ def _byte_symbols() -> dict[str, int]:
 
 
 _SYMBOLS = _byte_symbols()
-_SPLIT = {'byte': list, 'char': list, 'word': _WORDS.findall}
+_SPLIT: dict[str, Callable[[str], list[str]]] = {'byte': list, 'char': list, 'word': _WORDS.findall}
 
 
 def _bytes_of(symbols: str) -> bytes:

@@ -58,8 +58,8 @@ def _seeds(words: Mapping[str, int], most: int) -> dict[str, int]:
 
 def _normalise(counts: Mapping[str, int], alphabet: Sequence[str]) -> dict[str, float]:
   # The M-step; a symbol that the best segmentations do without keeps half a count, a longer piece is dropped.
-  kept = {piece: counts[piece] for piece in sorted(counts) if len(piece) > 1 and counts[piece] > 0}
-  kept = {**{symbol: max(counts.get(symbol, 0), 0.5) for symbol in alphabet}, **kept}
+  kept = {symbol: max(counts.get(symbol, 0), 0.5) for symbol in alphabet}
+  kept |= {piece: float(counts[piece]) for piece in sorted(counts) if len(piece) > 1 and counts[piece] > 0}
   total = math.log(sum(kept.values()))
   return {piece: math.log(count) - total for piece, count in kept.items()}
 
