@@ -134,7 +134,7 @@ class TokenizerConfig(Section):
     require(self.kind != 'byte' or self.vocab_size is None,
             "tokenizer kind='byte' always has 260 ids; set vocab_size to None.")
     require(self.kind == 'byte' or (self.vocab_size or 0) > 260,
-            f"tokenizer kind='{self.kind}' needs vocab_size above 260 (4 special ids + 256 bytes), not {self.vocab_size}.")
+            f"tokenizer kind='{self.kind}' needs vocab_size above 260 (4 special ids, 256 bytes), not {self.vocab_size}.")
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class OptimizerConfig(Section):
   """Adam and its learning-rate schedule (section 5.3)."""
 
   schedule: Literal['noam', 'constant', 'linear', 'cosine', 'rsqrt'] = 'noam'
-  """'noam': equation 3. 'rsqrt': warm-up to `learning_rate`, then ~ 1/sqrt(step). 'linear'/'cosine': to 0 at the end."""
+  """'noam': equation 3. The others warm up to `learning_rate`; 'rsqrt' then falls as 1/sqrt(step), the rest to 0."""
   learning_rate: float = 1.0
   """Peak rate; for 'noam' the factor in front of equation 3."""
   warmup_steps: int = 4000

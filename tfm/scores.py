@@ -1,4 +1,4 @@
-"""How good translations are: BLEU and chrF through sacreBLEU, always with the signature that says how they were made."""
+"""How good translations are: BLEU and chrF through sacreBLEU, always with the signature that says how."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class Translator:
       progress: called with the number of sentences done, after each batch.
 
     Raises:
-      TranslationError: a sentence is too long for the model or the configured limit, or arguments contradict each other.
+      TranslationError: a sentence is too long for the model or the configured limit, or arguments contradict.
     """
     search = self._search(beam_size, num_hypotheses, length_penalty, sampling_temperature, sampling_topk, sampling_topp)
     jobs = self._jobs(sentences, target_prefix)
@@ -159,13 +159,13 @@ class Translator:
       raise TranslationError(f'num_hypotheses is {num_hypotheses}; give 1 or more.')
     if temperature is None:
       if top_k or top_p != 1.0:
-        raise TranslationError('sampling_topk and sampling_topp need sampling_temperature (1.0 for the plain distribution).')
+        raise TranslationError('sampling_topk and sampling_topp need sampling_temperature (1.0: as the model says).')
       beam_size = d.beam_size if beam_size is None else beam_size
       if beam_size < num_hypotheses:
         raise TranslationError(f'num_hypotheses {num_hypotheses} exceeds beam_size {beam_size}; raise beam_size.')
     else:
       if beam_size is not None or length_penalty is not None:
-        raise TranslationError('sampling_temperature draws instead of searching; leave out beam_size and length_penalty.')
+        raise TranslationError('sampling_temperature draws and does not search; leave out beam_size, length_penalty.')
       beam_size = num_hypotheses
     alpha = d.length_penalty if length_penalty is None else length_penalty
     return _Search(beam_size, num_hypotheses, alpha, d.length_penalty_form, d.stop, temperature, top_k, top_p)
@@ -185,14 +185,14 @@ class Translator:
     for job in jobs:
       length = len(job.source)
       if refused is not None and length > refused:
-        raise TranslationError(f'Sentence {job.index + 1} has {length} tokens, above decoding.max_source_length={refused}; '
-                         'split it or raise the limit.')
+        raise TranslationError(f'Sentence {job.index + 1} has {length} tokens, above '
+                               f'decoding.max_source_length={refused}; split it or raise the limit.')
       if table is not None and length > table:
-        raise TranslationError(f'Sentence {job.index + 1} has {length} tokens, but the model learned only {table} positions '
-                         '(model.max_positions); split it.')
+        raise TranslationError(f'Sentence {job.index + 1} has {length} tokens, but the model learned only {table} '
+                               'positions (model.max_positions); split it.')
       if len(job.prefix) >= self._limit(job):
-        raise TranslationError(f'The target prefix of sentence {job.index + 1} has {len(job.prefix)} tokens and leaves no '
-                         f'room below the limit of {self._limit(job)}; shorten it or raise decoding.extra_length.')
+        raise TranslationError(f'The target prefix of sentence {job.index + 1} has {len(job.prefix)} tokens and leaves '
+                               f'no room below the limit of {self._limit(job)}; shorten it or raise extra_length.')
     return jobs
 
   def _limit(self, job: _Job) -> int:
@@ -279,8 +279,8 @@ def _run_search(model, search: _Search, length: int, params, source_BxS, limits_
       lambda x: x.reshape((B, M) + x.shape[1:]),
       (found.tokens_BxL, found.lengths_B, found.log_prob_B, found.finished_B))
   best_first_BxM = jnp.argsort(-log_prob, axis=1)
-  order = lambda x: jnp.take_along_axis(x, best_first_BxM.reshape((B, M) + (1,) * (x.ndim - 2)), axis=1)
-  return tuple(order(x) for x in (tokens, lengths, log_prob, log_prob, finished))
+  return tuple(jnp.take_along_axis(x, best_first_BxM.reshape((B, M) + (1,) * (x.ndim - 2)), axis=1)
+               for x in (tokens, lengths, log_prob, log_prob, finished))
 
 
 def _rounded(length: int) -> int:

@@ -12,7 +12,7 @@ from flax import struct
 
 from tfm.decoding.cache import Cache
 from tfm.decoding.greedy import greedy_search
-from tfm.decoding.loop import BOS
+from tfm.special_ids import BOS
 
 WIDTH = 8
 

@@ -8,7 +8,8 @@ import pytest
 
 from tfm.decoding.beam import beam_search
 from tfm.decoding.cache import Cache
-from tfm.decoding.loop import BOS, EOS, IMPOSSIBLE, PAD
+from tfm.decoding.loop import IMPOSSIBLE
+from tfm.special_ids import BOS, EOS, PAD
 
 PENALTY = {'gnmt': lambda n, alpha: ((5 + max(n, 1)) / 6) ** alpha, 'power': lambda n, alpha: max(n, 1) ** alpha}
 
@@ -138,11 +139,11 @@ def test_full_stops_when_as_many_hypotheses_as_the_beam_holds_have_ended(toy):
 
 
 @pytest.mark.parametrize('stop', ['bound', 'full'])
-@pytest.mark.parametrize('alpha', [0.0, 0.6, 2.0])
+@pytest.mark.parametrize('alpha', [0.0, 0.6, 4.0])
 def test_beam_1_is_greedy_search(toy, greedy, alpha, stop):
-  model = toy(vocabulary=9, seed=3, eos=-0.5)
+  model = toy(vocabulary=9, seed=3, eos=1.0)
   sources, limits = model.sources(12), jnp.array([0, 1, 4] + [10] * 9)
-  found = search(model, sources, limits, 10, 1, alpha=alpha, stop=stop)
+  found = search(model, sources, limits, 10, 1, alpha=alpha, form='power', stop=stop)
   expected = greedy(model, sources, limits, 10)
   np.testing.assert_array_equal(found.tokens_BxMxL[:, 0], expected.tokens_BxL)
   np.testing.assert_array_equal(found.lengths_BxM[:, 0], expected.lengths_B)

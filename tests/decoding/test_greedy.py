@@ -5,7 +5,7 @@ import pytest
 
 from tfm.decoding.cache import Cache
 from tfm.decoding.greedy import greedy_search
-from tfm.decoding.loop import BOS, EOS, PAD
+from tfm.special_ids import BOS, EOS, PAD
 
 
 def naive_greedy(model, source_W, limit):

@@ -8,7 +8,8 @@ import pytest
 from tfm.decoding import loop
 from tfm.decoding.cache import Cache
 from tfm.decoding.greedy import greedy_search
-from tfm.decoding.loop import BOS, EOS, IMPOSSIBLE, LEAST, PAD, autoregress
+from tfm.decoding.loop import IMPOSSIBLE, LEAST, autoregress
+from tfm.special_ids import BOS, EOS, PAD
 
 LIMITS = jnp.array([0, 1, 3, 7, 12])
 

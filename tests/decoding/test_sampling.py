@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tfm.decoding.cache import Cache
-from tfm.decoding.loop import BOS, IMPOSSIBLE, PAD
+from tfm.decoding.loop import IMPOSSIBLE
 from tfm.decoding.sampling import sample, sentence_keys, truncate
+from tfm.special_ids import BOS, EOS, PAD
 
 LOGITS = np.log(np.array([.1, .1, .05, .3, .2, .15, .1]))
 
@@ -56,6 +57,17 @@ def test_frequencies_follow_the_exact_truncated_distribution(settings):
   degrees = possible.sum() - 1
   assert chi_square <= degrees + 5 * np.sqrt(2 * degrees)  # five standard deviations; the seed is fixed
   np.testing.assert_allclose(out.log_prob_B, LOGITS[out.tokens_BxL[:, 0]], rtol=1e-5)  # untempered, untruncated
+
+
+def test_tokens_of_one_row_are_drawn_independently():
+  draws = 5000
+  cache = Cache(index=jnp.int32(0), source=(), steps=jnp.zeros(draws))
+  keys_B = jax.random.split(jax.random.key(6), draws)
+  tokens_BxL = np.asarray(sample(constant_step, cache, jnp.full(draws, 2), 2, keys_B).tokens_BxL)
+  repeated, probs = (tokens_BxL[:, 0] == tokens_BxL[:, 1]).sum(), exact()
+  going_on = tokens_BxL[:, 0] != EOS
+  expected = going_on.sum() * (probs[3:] ** 2).sum() / probs[3:].sum()
+  assert abs(repeated - expected) < 5 * np.sqrt(expected)
 
 
 def test_top_k_keeps_exactly_k_and_among_equals_the_lowest_ids():

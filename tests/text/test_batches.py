@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tfm.config import ConfigError, DataConfig, TokenizerConfig
+from tfm.special_ids import BOS, EOS, PAD
 from tfm.text.batches import Batches, encode_pairs, evaluation_batches, prefetch
 from tfm.text.corpora import DataError, build_corpus
-from tfm.text.tokenizer import BOS, EOS, PAD, train_tokenizers
+from tfm.text.tokenizer import train_tokenizers
 
 DATA = Path(os.environ.get('TFM_DATA', Path(__file__).parents[3] / 'shared' / 'data'))
 

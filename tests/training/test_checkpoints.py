@@ -20,7 +20,8 @@ import numpy as np
 import optax
 import pytest
 
-from tfm.training.checkpoints import CheckpointError, Checkpoints, Damaged, _snapshot, named_leaves
+from tfm.training.checkpoints import CheckpointError, Checkpoints, Damaged
+from tfm.training.named_arrays import named_leaves, snapshot
 
 META = {'layout': 'unrolled'}
 
@@ -105,9 +106,9 @@ def test_donated_and_overwritten_buffers_do_not_reach_the_checkpoint(tmp_path):
 
 def test_the_snapshot_shares_no_memory():
   leaves = {'jax': jnp.arange(100_000.0), 'numpy': np.arange(5.0)}
-  snapshot = _snapshot(leaves)
+  copies = snapshot(leaves)
   for name, leaf in leaves.items():
-    assert not np.shares_memory(np.asarray(leaf), snapshot[name])
+    assert not np.shares_memory(np.asarray(leaf), copies[name])
 
 
 def test_a_step_is_never_overwritten(tmp_path):

@@ -25,7 +25,8 @@ from flax import struct
 
 from tfm.decoding.cache import Cache, Step
 from tfm.decoding.length_penalty import LengthPenalty, length_penalty
-from tfm.decoding.loop import BOS, EOS, IMPOSSIBLE, PAD, check_arguments, forced_tokens, is_one_of, token_log_probs
+from tfm.decoding.loop import IMPOSSIBLE, check_arguments, forced_tokens, is_one_of, token_log_probs
+from tfm.special_ids import BOS, EOS, PAD
 
 StopRule = Literal['bound', 'full']
 

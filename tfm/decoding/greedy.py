@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import jax
 
 from tfm.decoding.cache import Cache, Step
-from tfm.decoding.loop import BOS, PAD, Decoded, autoregress, highest
+from tfm.decoding.loop import Decoded, autoregress, highest
+from tfm.special_ids import BOS, PAD
 
 
 def greedy_search(step: Step, cache: Cache, max_lengths_B: jax.Array, length: int,

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tfm.decoding.cache import Cache, Step
-
-PAD, BOS, EOS = 0, 1, 2
+from tfm.special_ids import BOS, EOS, PAD
 
 LEAST = -1e6
 """Floor of a token's log-probability: a forced token that the model gives probability 0 leaves sums finite."""

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from tfm.decoding.cache import Cache, Step
-from tfm.decoding.loop import BOS, IMPOSSIBLE, PAD, Decoded, autoregress, highest
+from tfm.decoding.loop import IMPOSSIBLE, Decoded, autoregress, highest
+from tfm.special_ids import BOS, PAD
 
 
 def sample(step: Step, cache: Cache, max_lengths_B: jax.Array, length: int, keys_B: jax.Array,

@@ -80,8 +80,13 @@ class DecoderLayer(nn.Module):
 
   def __call__(self, x_BxTxD, dropout_key, memory_BxSxD, self_mask: AttentionMask, cross_mask: AttentionMask):
     """All T positions at once (teacher forcing)."""
-    attend_self = lambda y, key: self.self_attention(y, y, self_mask, key)
-    attend_cross = lambda y, key: self.cross_attention(y, memory_BxSxD, cross_mask, key)
+
+    def attend_self(y, key):
+      return self.self_attention(y, y, self_mask, key)
+
+    def attend_cross(y, key):
+      return self.cross_attention(y, memory_BxSxD, cross_mask, key)
+
     return self._sublayers(x_BxTxD, attend_self, attend_cross, dropout_key), None
 
   def memory_keys_values(self, _, memory_BxSxD):
@@ -96,7 +101,9 @@ class DecoderLayer(nn.Module):
       z, grown['past'] = self.self_attention.extend(y, past, index)
       return z
 
-    attend_cross = lambda y, _: self.cross_attention.attend(y, memory, cross_mask)
+    def attend_cross(y, _):
+      return self.cross_attention.attend(y, memory, cross_mask)
+
     return self._sublayers(x_RxTxD, attend_self, attend_cross, None), grown['past']
 
   def _sublayers(self, x, attend_self, attend_cross, dropout_key):

@@ -1,4 +1,4 @@
-"""N layers in a row, unrolled or scanned, from the same code (and, through `tfm.models.layout`, the same parameters)."""
+"""N layers in a row, unrolled or scanned; `tfm.models.layout` converts the parameters of one into the other's."""
 
 from __future__ import annotations
 

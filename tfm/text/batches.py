@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from tfm.config import DataConfig, require
+from tfm.special_ids import BOS, EOS, PAD
 from tfm.text.buckets import Shape, choose_shapes, cut, fit, padded_shape
 from tfm.text.corpora import Corpus, DataError, EndlessCorpus, Pair
-from tfm.text.tokenizer import BOS, EOS, PAD, Tokenizers
+from tfm.text.tokenizer import Tokenizers
 
 SAMPLE_PAIRS = 10_000
 GROUP_BATCHES = 16

@@ -25,7 +25,6 @@ from tfm.config import TokenizerConfig
 from tfm.errors import UserError
 from tfm.text.unigram import train_unigram
 
-PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL_NAMES = ('<pad>', '<s>', '</s>', '<unk>')
 FORMAT = 1
 

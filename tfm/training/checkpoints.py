@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 
 import tfm
 from tfm.errors import UserError
+from tfm.training.named_arrays import Arrays, PyTree, crc, is_key, named_leaves, rebuild, snapshot
 
 FORMAT = 1
 """Version of a step's folder; raised when an older tfm could no longer read what this one writes."""
@@ -38,8 +39,6 @@ RESERVED = {'format', 'step', 'scheduled', 'validation', 'versions', 'keys', 'ar
 
 log = logging.getLogger('tfm')
 
-PyTree = Any
-Arrays = dict[str, np.ndarray]  # keyed by path, 'params/encoder/...'
 
 
 class CheckpointError(UserError):
@@ -119,13 +118,13 @@ class Checkpoints:
     path = self._path(step)
     if path.exists():
       raise CheckpointError(f'Step {step} is saved already ({path}); a step is never overwritten.')
-    arrays = _snapshot(state)
+    arrays = snapshot(state)
     meta = {
         **metadata, 'format': FORMAT, 'step': step, 'scheduled': scheduled,
         'validation': _finite(validation) if validation else None,
         'versions': {'tfm': tfm.__version__, 'jax': jax.__version__, 'flax': flax.__version__},
-        'keys': {name: str(jax.random.key_impl(leaf)) for name, leaf in named_leaves(state).items() if _is_key(leaf)},
-        'arrays': {name: {'shape': list(array.shape), 'dtype': str(array.dtype), 'crc32': _crc(array)}
+        'keys': {name: str(jax.random.key_impl(leaf)) for name, leaf in named_leaves(state).items() if is_key(leaf)},
+        'arrays': {name: {'shape': list(array.shape), 'dtype': str(array.dtype), 'crc32': crc(array)}
                    for name, array in arrays.items()}}
     items: dict[str, Any] = {
         item: ocp.args.StandardSave(flax.traverse_util.unflatten_dict(part, sep='/'))
@@ -224,11 +223,13 @@ class Checkpoints:
       try:
         meta = self.read_meta(step)
         self._require_trainable(step, meta)
-        state = _rebuild(abstract_state, self._read(step, meta, ('params', 'rest')), meta['keys'],
-                         f'step {step} ({self._path(step)})')
+        state, differences = rebuild(abstract_state, self._read(step, meta, ('params', 'rest')), meta['keys'])
       except Damaged as problem:
         problems.append((step, str(problem)))
         continue
+      if differences:
+        raise CheckpointError(f'step {step} ({self._path(step)}) was saved by another model or optimizer than the '
+                              f'config describes ({_listing(differences, 5)}); resume with the config of the run.')
       for bad, sentence in problems:
         self._warn(f'{sentence}. Moved to {self._set_aside(bad)}; step {step} is used instead.')
       self._prune()
@@ -265,9 +266,13 @@ class Checkpoints:
     arrays = self._read(step, meta, ('params',))
     return flax.traverse_util.unflatten_dict(arrays, sep='/')['params'], meta
 
+  def restore_arrays(self, step: int) -> Arrays:
+    """Every array of a step by name, checked; for comparing runs."""
+    return self._read(step, self.read_meta(step), ('params', 'rest'))
+
   def _read(self, step: int, meta: Mapping[str, Any], items: tuple[str, ...]) -> Arrays:
     """The arrays of a step, each with the shape, type and checksum it was saved with; otherwise `Damaged`."""
-    wanted = {name: np.broadcast_to(np.zeros((), _dtype(entry['dtype'])), entry['shape'])
+    wanted = {name: np.broadcast_to(np.zeros((), jax.numpy.dtype(entry['dtype'])), entry['shape'])
               for name, entry in meta['arrays'].items()}
     arrays: Arrays = {}
     for item, part in _items(wanted).items():
@@ -287,7 +292,7 @@ class Checkpoints:
     for name, array in arrays.items():
       entry = meta['arrays'][name]
       same = list(array.shape) == entry['shape'] and str(array.dtype) == entry['dtype']
-      if not same or _crc(array) != entry['crc32']:
+      if not same or crc(array) != entry['crc32']:
         raise Damaged(f'step {step} ({self._path(step)}) is corrupted: the checksum of {name} does not match')
     return arrays
 
@@ -323,65 +328,12 @@ class Checkpoints:
     return self.folder / f'{step:06d}'
 
 
-# -- arrays by name ---------------------------------------------------------------------------------------------------
-
-
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-  """Leaves of a pytree keyed by their path: 'params/encoder/layer_0/...', 'opt_state/0/mu/...'."""
-  pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in pairs}
-
-
-def _snapshot(state: PyTree) -> Arrays:
-  """Host copies of all leaves. Real copies: on a CPU a view would share memory with the buffer."""
-  leaves = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in named_leaves(state).items()}
-  for leaf in leaves.values():
-    if isinstance(leaf, jax.Array):
-      leaf.copy_to_host_async()
-  return {name: np.array(leaf, copy=True, order='C') for name, leaf in jax.device_get(leaves).items()}
-
-
-def _rebuild(abstract: PyTree, arrays: Arrays, keys: Mapping[str, str], where: str) -> PyTree:
-  """The pytree `abstract` with the values of `arrays`, each on the devices that its sharding names."""
-  leaves = named_leaves(abstract)
-  found = {name: jax.random.wrap_key_data(array, impl=keys[name]) if name in keys else array
-           for name, array in arrays.items()}
-  differences = [f'{name} is new' for name in leaves if name not in found]
-  differences += [f'{name} is gone' for name in found if name not in leaves]
-  differences += [f'{name} is {value.dtype}{value.shape}, not {leaves[name].dtype}{leaves[name].shape}'
-                  for name, value in found.items() if name in leaves
-                  and (value.shape, value.dtype) != (leaves[name].shape, leaves[name].dtype)]
-  if differences:
-    raise CheckpointError(f'{where} was saved by another model or optimizer than the config describes '
-                          f'({_listing(differences, 5)}); resume with the config of the run.')
-  return jax.tree.unflatten(jax.tree.structure(abstract),
-                            [_place(found[name], getattr(leaf, 'sharding', None)) for name, leaf in leaves.items()])
-
-
-def _place(value: np.ndarray | jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
-  if sharding is None or _is_key(value):
-    return jax.device_put(value, sharding)
-  return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
-def _is_key(leaf: Any) -> bool:
-  return jax.dtypes.issubdtype(getattr(leaf, 'dtype', np.float32), jax.dtypes.prng_key)
-
-
 def _items(arrays: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
   """Weights apart from the rest, so that they can be read alone."""
   parts: dict[str, Arrays] = {'params': {}, 'rest': {}}
   for name, array in arrays.items():
     parts['params' if name.startswith('params/') else 'rest'][name] = array
   return {item: part for item, part in parts.items() if part}
-
-
-def _dtype(name: str) -> np.dtype:
-  return jax.numpy.dtype(name)
-
-
-def _crc(array: np.ndarray) -> int:
-  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def _canonical(meta: Mapping[str, Any]) -> bytes:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tfm.training.average import run_checkpoints
-from tfm.training.checkpoints import CheckpointError, named_leaves
+from tfm.training.checkpoints import CheckpointError
+from tfm.training.named_arrays import named_leaves
 from tfm.training.run_folder import RunFolder
 
 if TYPE_CHECKING:

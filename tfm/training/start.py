@@ -123,8 +123,7 @@ def _convert_state(state: TrainState, layout) -> TrainState:
   def is_params(node: Any) -> bool:
     return isinstance(node, dict) and 'decoder' in node
 
-  convert = lambda node: to_layout(node, layout) if is_params(node) else node
-  return jax.tree.map(convert, state, is_leaf=is_params)
+  return jax.tree.map(lambda node: to_layout(node, layout) if is_params(node) else node, state, is_leaf=is_params)
 
 
 def _require_same(stored: Config, given: Config, folder: RunFolder) -> None:
