@@ -49,7 +49,7 @@ BASE = Config(
 
 
 def row(**model) -> Config:
-  """Base with other fields of the model. Heads are d_model / num_heads wide, as in the table, unless d_k or d_v is set."""
+  """Base with other fields of the model; heads are d_model / num_heads wide, as in the table, unless d_k is set."""
   return replace(BASE, model=replace(BASE.model, **model))
 
 
@@ -74,6 +74,5 @@ VARIANTS: dict[str, Config] = {
 
 _row = os.environ.get('TABLE3_ROW', 'base')
 if _row not in VARIANTS:
-  raise ConfigError(f"TABLE3_ROW is '{_row}', which is no row of Table 3{nearest(_row, VARIANTS)}. "
-                    f"The rows are {', '.join(VARIANTS)}.")
+  raise ConfigError(f"TABLE3_ROW is '{_row}', which is none of {', '.join(VARIANTS)}{nearest(_row, VARIANTS)}")
 config = VARIANTS[_row]

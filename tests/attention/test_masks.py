@@ -57,7 +57,8 @@ def test_two_of_a_kind_and_three_kinds_combine_too():
   even = masks.dense(jnp.arange(S) % 2 == 0)
   np.testing.assert_array_equal(as_array(KINDS['dense'][0]() & even), ANY & (np.arange(S) % 2 == 0))
   three = masks.causal(1) & KINDS['lengths'][0]() & even
-  np.testing.assert_array_equal(as_array(three), allowed(lambda b, h, t, s: s <= t + 1 and s < LENGTHS[b] and s % 2 == 0))
+  expected = allowed(lambda b, h, t, s: s <= t + 1 and s < LENGTHS[b] and s % 2 == 0)
+  np.testing.assert_array_equal(as_array(three), expected)
 
 
 def test_two_causal_masks_with_different_offsets_are_refused():

@@ -83,4 +83,7 @@ def _greedy(model, sources, limits_B, length, prefix_BxP=None, prefix_lengths_B=
 @pytest.fixture
 def greedy():
   """`greedy(model, sources, limits_B, length, prefix_BxP, prefix_lengths_B)`, compiled once per shape."""
-  return lambda model, sources, limits_B, *more: _greedy(model, sources, jnp.asarray(limits_B), *more)
+  def search(model, sources, limits_B, *more):
+    return jax.tree.map(np.asarray, _greedy(model, sources, np.asarray(limits_B), *more))
+
+  return search

@@ -20,7 +20,7 @@ def naive_greedy(model, source_W, limit):
 @pytest.mark.parametrize('seed', range(3))
 def test_equals_a_search_written_without_batch_or_cache(toy, greedy, seed):
   model = toy(vocabulary=9, seed=seed, eos=-1.0)
-  sources, limits_B = model.sources(6, seed), jnp.array([0, 2, 5, 8, 8, 10])
+  sources, limits_B = model.sources(6, seed), np.array([0, 2, 5, 8, 8, 10])
   out = greedy(model, sources, limits_B, 10)
   for row, limit in enumerate(limits_B.tolist()):
     tokens = naive_greedy(model, sources[row], limit)
@@ -31,10 +31,10 @@ def test_equals_a_search_written_without_batch_or_cache(toy, greedy, seed):
 @pytest.mark.parametrize('kept', [1, 3, 12])
 def test_forcing_its_own_output_gives_the_same_output(toy, greedy, kept):
   model = toy(vocabulary=9, seed=2, eos=-1.0)
-  sources, limits_B = model.sources(6), jnp.full(6, 12)
+  sources, limits_B = model.sources(6), np.full(6, 12)
   free = greedy(model, sources, limits_B, 12)
   forced = greedy(model, sources, limits_B, 12, free.tokens_BxL,
-                         jnp.minimum(free.lengths_B, kept))
+                         np.minimum(free.lengths_B, kept))
   for before, after in zip(jax.tree.leaves(free), jax.tree.leaves(forced)):
     np.testing.assert_allclose(before, after, rtol=1e-6)
 

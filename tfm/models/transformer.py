@@ -86,6 +86,7 @@ class EncoderDecoder(nn.Module):
   def init_cache(self, memory: Memory, length: int, rows_per_source: int = 1) -> Cache:
     """Room for `length` tokens of `rows_per_source` hypotheses per source sentence."""
     c = self.config
+    self._check_positions('target', length)
     rows = memory.states_BxSxD.shape[0] * rows_per_source
 
     def empty(width):
@@ -131,7 +132,11 @@ class EncoderDecoder(nn.Module):
     if c.positions == 'sinusoidal':
       position_TxD = sinusoidal(positions_T, c.d_model)
     else:
-      if T > c.max_positions:
-        raise ValueError(f'{T} {side} positions exceed the learned table of model.max_positions={c.max_positions}.')
+      self._check_positions(side, T)
       position_TxD = (self.source_positions if side == 'source' else self.target_positions)(positions_T)
     return dropout(x_BxTxD + position_TxD.astype(x_BxTxD.dtype), c.dropout, dropout_key)
+
+  def _check_positions(self, side, count):
+    limit = self.config.max_positions
+    if limit is not None and count > limit:
+      raise ValueError(f'{count} {side} positions exceed the learned table of model.max_positions={limit}.')

@@ -91,7 +91,7 @@ def build_step(config: Config, model: EncoderDecoder) -> Callable[[TrainState, B
     # The one division: by the target tokens of the whole batch, however it was cut.
     gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1.0), gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    metrics = StepMetrics(sums, optax.global_norm(gradients), rate(state.step))
+    metrics = StepMetrics(sums, optax.tree.norm(gradients), rate(state.step))
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state, state.key), metrics
 

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tfm.attention import masks
+from tfm.config import TransformerConfig
+from tfm.models.multihead import KeysValues, MultiHeadAttention
+
+B, T, S, D, H, KEY, VALUE = 2, 5, 4, 16, 2, 6, 3
+CONFIG = TransformerConfig(d_model=D, num_heads=H, d_k=KEY, d_v=VALUE)
+
+
+def draw(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.fixture
+def attention(random_params):
+  module = MultiHeadAttention(CONFIG)
+  variables = random_params(module, draw(B, T, D), draw(B, S, D), masks.everything())
+  return partial(module.apply, variables), variables['params']
+
+
+def test_it_is_the_concatenation_of_heads_times_a_matrix(attention):
+  """Section 3.2.2, head by head."""
+  apply, params = attention
+  x_BxTxD, y_BxSxD, lengths = draw(B, T, D), draw(B, S, D, seed=1), (2, 4)
+  kernels = {name: np.asarray(part['kernel'], np.float64) for name, part in params.items()}
+  expected_BxTxD = np.zeros((B, T, D))
+  for b in range(B):
+    heads = []
+    for h in range(H):
+      q, k, v = (np.asarray(side[b], np.float64) @ kernels[name][:, h]
+                 for name, side in (('query', x_BxTxD), ('key', y_BxSxD), ('value', y_BxSxD)))
+      weights = np.exp(q @ k[:lengths[b]].T / KEY**0.5)
+      heads.append(weights / weights.sum(1, keepdims=True) @ v[:lengths[b]])
+    expected_BxTxD[b] = np.concatenate(heads, axis=1) @ kernels['output'].reshape(H * VALUE, D)
+  actual_BxTxD = apply(x_BxTxD, y_BxSxD, masks.lengths(jnp.array(lengths)))
+  np.testing.assert_allclose(actual_BxTxD, expected_BxTxD, atol=1e-5)
+
+
+def test_its_only_parameters_are_four_matrices(attention):
+  shapes = jax.tree.map(jnp.shape, attention[1])
+  assert shapes == {'query': {'kernel': (D, H, KEY)}, 'key': {'kernel': (D, H, KEY)},
+                    'value': {'kernel': (D, H, VALUE)}, 'output': {'kernel': (H, VALUE, D)}}
+
+
+def test_several_rows_can_share_the_keys_of_one_sentence(attention):
+  """As beams do: row b * M + m reads the memory of sentence b."""
+  apply, _ = attention
+  M = 3
+  x_RxTxD, y_BxSxD, mask = draw(B * M, T, D), draw(B, S, D, seed=1), masks.lengths(jnp.array([2, 4]))
+  shared = apply(x_RxTxD, apply(y_BxSxD, method='keys_values'), mask, method='attend')
+  for r in range(B * M):
+    b = slice(r // M, r // M + 1)
+    alone = apply(x_RxTxD[r:r + 1], y_BxSxD[b], masks.lengths(mask.lengths_B[b]))
+    np.testing.assert_allclose(shared[r], alone[0], atol=1e-6)
+
+
+def test_extending_a_cache_is_causal_self_attention(attention):
+  apply, _ = attention
+  x_BxTxD = draw(B, T, D)
+  whole_BxTxD = apply(x_BxTxD, x_BxTxD, masks.causal())
+  # What lies in the cache beyond the index must not matter: it holds leftovers, here enormous ones.
+  past = KeysValues(jnp.full((B, T + 2, H, KEY), 1e4), jnp.full((B, T + 2, H, VALUE), -1e4))
+  index, parts = 0, []
+  for width in (2, 1, 2):
+    out, past = apply(x_BxTxD[:, index:index + width], past, index, method='extend')
+    parts.append(out)
+    index += width
+  np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole_BxTxD, atol=1e-6)

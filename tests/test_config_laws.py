@@ -1,0 +1,213 @@
+"""Every leaf of the config changes something: the initialisation, the step's program, the data, decoding, or the loop."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import logging
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import tfm.training.loop
+from tfm.config import (
+    Config,
+    DataConfig,
+    DecodingConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    TransformerConfig,
+)
+from tfm.models.build import build_model, initialize
+from tfm.special_ids import EOS
+from tfm.text.batches import Batches
+from tfm.text.corpora import build_corpus
+from tfm.text.tokenizer import train_tokenizers
+from tfm.training.step import build_step, new_state
+from tfm.translator import Translator
+
+BASE = Config(
+    model=TransformerConfig(encoder_layers=1, decoder_layers=1, d_model=8, d_ff=8, num_heads=2),
+    tokenizer=TokenizerConfig(kind='char', vocab_size=290),
+    data=DataConfig(limit=400, held_out=20, tokens_per_batch=512, buckets=2, max_length=64),
+    optimizer=OptimizerConfig(warmup_steps=4),
+    training=TrainingConfig(steps=4, log_every=2, validate_every=2, checkpoint_every=1, keep_last=2,
+                            validation_sentences=4, samples=2),
+    decoding=DecodingConfig(beam_size=2, extra_length=4))
+
+FILES = dict(corpus='files', limit=None, held_out=None, train='train', validation='val', test='test')
+"""Changes to BASE.data for the leaves that only matter with files; `root` is made by the test."""
+
+# What a leaf is changed to (with what must change beside it), and where the change must show.
+LEAVES = {
+    'model.encoder_layers': (2, 'init'), 'model.decoder_layers': (2, 'init'), 'model.d_model': (16, 'init'),
+    'model.d_ff': (16, 'init'), 'model.num_heads': (4, 'init'), 'model.d_k': (8, 'init'), 'model.d_v': (8, 'init'),
+    'model.norm': ('pre', 'init'), 'model.norm_epsilon': (1e-3, 'step'), 'model.positions': ('learned', 'init'),
+    'model.max_positions': (128, 'init'), 'model.tying': ('none', 'init'), 'model.scale_embeddings': (False, 'step'),
+    'model.dropout': (0.2, 'step'), 'model.attention_dropout': (0.2, 'step'),
+    'model.activation_dropout': (0.2, 'step'), 'model.dtype': ('bfloat16', 'step'),
+    'model.scan_layers': (True, 'init'), 'model.remat': ('dots', 'step'),
+    'tokenizer.kind': ('word', 'data'), 'tokenizer.vocab_size': (264, 'data'), 'tokenizer.joint': (False, 'data'),
+    'data.corpus': ('files', 'data'), 'data.source': ('fr', 'data'), 'data.target': ('es', 'data'),
+    'data.limit': (500, 'data'), 'data.held_out': (30, 'data'), 'data.root': ('other', 'data'),
+    'data.train': ('val', 'data'), 'data.validation': ('train', 'data'), 'data.test': ('train', 'data'),
+    'data.tokens_per_batch': (1024, 'data'), 'data.buckets': (1, 'data'), 'data.max_length': (30, 'data'),
+    'data.over_long': ('truncate', 'data'),
+    'optimizer.schedule': ('linear', 'step'), 'optimizer.learning_rate': (2.0, 'step'),
+    'optimizer.warmup_steps': (8, 'step'), 'optimizer.b1': (0.8, 'step'), 'optimizer.b2': (0.9, 'step'),
+    'optimizer.epsilon': (1e-6, 'step'), 'optimizer.clip_norm': (1.0, 'step'),
+    'optimizer.label_smoothing': (0.2, 'step'),
+    'training.steps': (6, 'loop'), 'training.seed': (1, 'data'), 'training.accumulate': (2, 'step'),
+    'training.log_every': (1, 'loop'), 'training.validate_every': (4, 'loop'),
+    'training.validation_sentences': (2, 'loop'), 'training.patience': (1, 'loop'),
+    'training.checkpoint_every': (2, 'loop'), 'training.keep_last': (3, 'loop'), 'training.keep_best': (0, 'loop'),
+    'training.keep_best_by': ('chrf', 'loop'), 'training.samples': (1, 'loop'), 'training.reuse_memory': (False, 'loop'),
+    'decoding.beam_size': (3, 'decoding'), 'decoding.length_penalty': (2.0, 'decoding'),
+    'decoding.length_penalty_form': ('power', 'decoding'), 'decoding.stop': ('full', 'decoding'),
+    'decoding.extra_length': (8, 'decoding'), 'decoding.max_source_length': (3, 'decoding'),
+    'decoding.batch_tokens': (16, 'decoding'),
+}
+
+# Leaves that mean something only together with another setting: that setting, in both configs compared.
+CONTEXT = {
+    'model.max_positions': {'model.positions': 'learned', 'model.max_positions': 64},
+    'tokenizer.joint': {'model.tying': 'target'},
+    'data.root': FILES, 'data.train': FILES, 'data.validation': FILES, 'data.test': FILES,
+    'data.over_long': {'data.max_length': 30},
+    'training.patience': {'optimizer.learning_rate': 1e-30, 'training.steps': 8},
+    'training.keep_best_by': {'training.keep_last': 1},
+    'training.keep_best': {'optimizer.learning_rate': 1e3, 'training.keep_last': 1},
+}
+# Settings that must change along with a leaf for the config to be valid.
+ALONG = {
+    'model.positions': {'model.max_positions': 64},
+    'data.corpus': {f'data.{name}': value for name, value in FILES.items()},
+}
+
+
+def changed(config: Config, values: dict) -> Config:
+  for section in dataclasses.fields(Config):
+    own = {name.split('.')[1]: value for name, value in values.items() if name.split('.')[0] == section.name}
+    if own:
+      config = dataclasses.replace(config, **{section.name: dataclasses.replace(getattr(config, section.name), **own)})
+  return config
+
+
+def test_every_leaf_has_a_case():
+  leaves = {f'{section.name}.{leaf.name}' for section in dataclasses.fields(Config)
+            for leaf in dataclasses.fields(getattr(BASE, section.name))}
+  assert leaves == set(LEAVES)
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_the_leaf_changes_something(name, tmp_path, monkeypatch):
+  value, where = LEAVES[name]
+  context = CONTEXT.get(name, {})
+  context = {key if '.' in key else f'data.{key}': item for key, item in context.items()}
+  if 'data.corpus' in {*context, name} or name == 'data.corpus':
+    for root in ('files', 'other'):
+      write_files(tmp_path / root)
+    along = {'data.root': str(tmp_path / 'files')}
+    context = {**context, **(along if name != 'data.corpus' else {})}
+  else:
+    along = {}
+  one = changed(BASE, context)
+  value = str(tmp_path / value) if name == 'data.root' else value
+  other = changed(one, {name: value, **ALONG.get(name, {}), **(along if name == 'data.corpus' else {})})
+  observe = {'init': seen_in_init, 'step': seen_in_step, 'data': seen_in_data, 'decoding': seen_in_decoding,
+             'loop': seen_in_loop}[where]
+  first = observe(one, tmp_path / 'one', monkeypatch)
+  assert observe(one, tmp_path / 'again', monkeypatch) == first, 'the observation itself is not reproducible'
+  assert observe(other, tmp_path / 'two', monkeypatch) != first
+
+
+def write_files(root):
+  root.mkdir()
+  for index, stem in enumerate(('train', 'val', 'test')):
+    for language in ('en', 'de'):
+      lines = [f'{root.name} {language} {stem} line {i}' for i in range(10 + index)]
+      (root / f'{stem}.{language}').write_text('\n'.join(lines) + '\n')
+
+
+def model_of(config):
+  return build_model(config.model, 30, 30)
+
+
+def seen_in_init(config, folder, monkeypatch):
+  del folder, monkeypatch
+  params = jax.eval_shape(lambda: initialize(model_of(config), jax.random.key(0)))
+  return str(params)
+
+
+def seen_in_step(config, folder, monkeypatch):
+  """The traced program; constants such as a schedule's factor are part of it."""
+  del folder, monkeypatch
+  model = model_of(config)
+  state = jax.eval_shape(lambda: new_state(config, model, initialize(model, jax.random.key(0))))
+  batch = (jax.ShapeDtypeStruct((4, 6), jnp.int32), jax.ShapeDtypeStruct((4, 7), jnp.int32))
+  lowered = jax.jit(build_step(config, model)).lower(state, batch)
+  return lowered.as_text()
+
+
+def seen_in_data(config, folder, monkeypatch):
+  del folder, monkeypatch
+  corpus = build_corpus(config.data)
+  tokenizers = train_tokenizers(config.tokenizer, corpus.tokenizer_texts())
+  batches = Batches(corpus, tokenizers, config.data, config.training.seed)
+  digest = hashlib.sha256(repr((tokenizers.source.vocabulary(), tokenizers.target.vocabulary(), batches.shapes,
+                                tokenizers.joint, corpus.validation(), corpus.test(), batches.report())).encode())
+  for step in range(batches.steps_per_epoch):
+    batch = batches.batch_at(step)
+    digest.update(batch.source_BxS.tobytes() + batch.target_BxT.tobytes())
+  return digest.hexdigest()
+
+
+@pytest.fixture(scope='module')
+def tokenizers():
+  corpus = build_corpus(BASE.data)
+  return train_tokenizers(BASE.tokenizer, corpus.tokenizer_texts())
+
+
+def seen_in_decoding(config, folder, monkeypatch):
+  """The compiled search with its arguments, as `translate` would run it."""
+  del folder
+  import tfm.translator
+  corpus = build_corpus(config.data)
+  both = train_tokenizers(config.tokenizer, corpus.tokenizer_texts())
+  model = build_model(config.model, both.source.vocab_size, both.target.vocab_size)
+  calls = []
+
+  def record(model, search, length, params, source_BxS, limits_B, *rest):
+    calls.append((search, length, source_BxS.tolist(), limits_B.tolist()))
+    B, M = source_BxS.shape[0], search.num_hypotheses
+    return (jnp.full((B, M, length), EOS), jnp.ones((B, M), int), jnp.zeros((B, M)), jnp.zeros((B, M)),
+            jnp.ones((B, M), bool))
+
+  monkeypatch.setattr(tfm.translator, '_run_search', record)
+  translator = Translator(model, initialize(model, jax.random.key(0)), both, config.decoding)
+  with contextlib.suppress(ValueError):
+    translator.translate(['one', 'two', 'three hundred'])
+  return repr(calls)
+
+
+def seen_in_loop(config, folder, monkeypatch):
+  """All that a run leaves behind: files, metrics, what it said."""
+  # Wall-clock figures differ from run to run; everything else must not.
+  monkeypatch.setattr(tfm.training.loop, 'reuse_freed_memory', lambda: 'memory is reused')
+  said, spoken = io.StringIO(), logging.getLogger('tfm')
+  handler = logging.StreamHandler(said)
+  spoken.addHandler(handler)
+  level = spoken.level
+  spoken.setLevel(logging.INFO)
+  try:
+    outcome = tfm.training.loop.train(config, str(folder / 'run'))
+  finally:
+    spoken.removeHandler(handler)
+    spoken.setLevel(level)
+  files = sorted(str(path.relative_to(folder)) for path in folder.rglob('*')
+                 if path.is_dir() and path.parent.name == 'checkpoints' or path.parent.name == 'samples')
+  samples = [path.read_text() for path in sorted((folder / 'run' / 'samples').iterdir())]
+  return repr((files, samples, (folder / 'run' / 'metrics.jsonl').read_text(), outcome.reason,
+               said.getvalue().replace(str(folder), '')))
