@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import logging
 import sys
@@ -29,12 +30,16 @@ def _run(command: Callable[[], None]) -> None:
   """Run a command; what the user can mend is one sentence on stderr, not a traceback."""
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   log.setLevel(logging.INFO)
+  for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(encoding='utf-8')  # as text is read, whatever the locale
   try:
     command()
-  except (UserError, FloatingPointError, FileNotFoundError, ModuleNotFoundError) as error:
-    sys.exit(f'error: {error}')
   except BrokenPipeError:
     sys.stderr.close()  # the reader of our output has gone; there is nobody to tell
+  except (UserError, FloatingPointError, OSError, ModuleNotFoundError) as error:
+    sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    sys.exit(130)
 
 
 # -- train.py ---------------------------------------------------------------------------------------------------------
@@ -86,6 +91,8 @@ def read_recipe(path: Path) -> tuple[Config, str]:
   """The `config` of a recipe file and its docstring."""
   if not path.is_file():
     raise ConfigError(f'There is no config file {path}; give one of configs/*.py or your own.')
+  if path.suffix != '.py':
+    raise ConfigError(f'{path} is not a Python file; give one of configs/*.py or your own.')
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -131,27 +138,24 @@ def translate(
   """
   from tfm.pipeline import load
   from tfm.text.corpora import read_lines
+  if chunk < 1:
+    raise UserError(f'--chunk is {chunk}; give 1 or more.')
   translator = load(run)
   interactive = input is None and sys.stdin.isatty()
   lines = iter(read_lines(input)) if input is not None else _stdin_lines()
   sink = open(output, 'w', encoding='utf-8', newline='\n') if output is not None else sys.stdout
   bar = _bar(interactive)
+  before = 0  # lines of earlier chunks
   try:
     while block := list(islice(lines, 1 if interactive else chunk)):
-      done = 0
-
-      def progress(count: int) -> None:
-        nonlocal done
-        bar.update(count - done)
-        done = count
-
       found = translator.translate(
           block, beam_size=beam_size, num_hypotheses=num_hypotheses, length_penalty=length_penalty,
           sampling_temperature=sampling_temperature, sampling_topk=sampling_topk, sampling_topp=sampling_topp,
-          seed=seed, progress=progress)
-      for number, translation in enumerate(found, bar.n - len(block) + 1):
+          seed=seed, offset=before, progress=lambda done: bar.update(before + done - bar.n))
+      for number, translation in enumerate(found, before + 1):
         _write(sink, number, translation, num_hypotheses, scores)
       sink.flush()
+      before += len(block)
   finally:
     bar.close()
     if output is not None:
@@ -160,15 +164,23 @@ def translate(
 
 def _write(sink: TextIO, number: int, translation, num_hypotheses: int, scores: bool) -> None:
   for hypothesis in translation.hypotheses:
-    text = hypothesis.text.replace('\n', ' ')  # one line out: a model may write a line feed that it was taught
+    text = _one_line(hypothesis.text)
     if num_hypotheses > 1:
       print(number, text, f'{hypothesis.score:.4f}', sep='\t', file=sink)
     else:
       print(*([f'{hypothesis.score:.4f}'] if scores else []), text, sep='\t', file=sink)
 
 
+def _one_line(text: str) -> str:
+  """One line out for one line in: a model may write a line end that it was taught."""
+  return text.replace('\r', ' ').replace('\n', ' ')
+
+
 def _stdin_lines() -> Iterator[str]:
+  """Lines of standard input by the rules of `tfm.text.corpora.read_lines`, as they come."""
   for number, line in enumerate(sys.stdin.buffer, 1):
+    if number == 1:
+      line = line.removeprefix(codecs.BOM_UTF8)
     try:
       yield line.decode('utf-8').removesuffix('\n').removesuffix('\r')
     except UnicodeDecodeError as error:
@@ -205,6 +217,8 @@ def evaluate(
   from tfm.training.run_folder import RunFolder
   if not runs:
     raise UserError('Name at least one run folder.')
+  if len(set(runs)) < len(runs):
+    raise UserError('A run folder is named twice; name each once.')
   data = RunFolder(runs[0]).read_config().data
   if (source is None) != (reference is None):
     raise UserError('Give both --source and --reference, or neither for the test set of the run.')
@@ -217,10 +231,12 @@ def evaluate(
     if pairs is None:
       raise UserError(f'{runs[0]} has no test set (data.test); give --source and --reference.')
     sources, references = map(list, zip(*pairs))
+  if not sources:
+    raise UserError(f'{source} has no lines; give at least one sentence.')
   systems = {}
   for run in runs:
     found = load(run).translate(sources, beam_size=beam_size, length_penalty=length_penalty)
-    hypotheses = systems[run] = [translation.text for translation in found]
+    hypotheses = systems[run] = [_one_line(translation.text) for translation in found]
     print(run)
     print(f'  {bleu(hypotheses, references, bootstrap=True)}')
     print(f'  {chrf(hypotheses, references, bootstrap=True)}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,6 +90,10 @@ def paired_bootstrap(systems: dict[str, Sequence[str]], references: Sequence[str
 def _score(name, metric, hypotheses, references, bootstrap) -> Score:
   arguments = {'n_bootstrap': BOOTSTRAP} if bootstrap else {}
   result = metric.corpus_score(list(hypotheses), [list(references)], **arguments)
-  # sacreBLEU keeps the interval's half-width in a private field and prints it; there is no public one.
-  interval = result._ci if bootstrap else None
-  return Score(name, result.score, str(metric.get_signature()), interval)
+  signature = str(metric.get_signature())
+  interval = None
+  if bootstrap:
+    # The half-width is public only as JSON, and left out of it where all resamples score 0.
+    report = json.loads(result.format(width=6, signature=signature, is_json=True))
+    interval = report['confidence_var'] if result.score > 0 else 0.0
+  return Score(name, result.score, signature, interval)

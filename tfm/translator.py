@@ -73,7 +73,7 @@ class Translation:
 class _Job:
   """A sentence on its way through the decoder."""
 
-  index: int
+  index: int  # in the whole text, from 0
   source: list[int]
   prefix: list[int]
 
@@ -120,6 +120,7 @@ class Translator:
       sampling_topk: int = 0,
       sampling_topp: float = 1.0,
       seed: int = 0,
+      offset: int = 0,
       progress: Callable[[int], None] | None = None,
   ) -> list[Translation]:
     """Translate sentences: one `Translation` each, in order. A sentence without text gets an empty translation.
@@ -130,27 +131,30 @@ class Translator:
       num_hypotheses: how many to return, at most `beam_size` (any number when sampling).
       length_penalty: alpha; None is the run's setting.
       target_prefix: for each sentence how its translation must begin ('' leaves it free).
-      return_attention: also give every hypothesis its cross-attention.
+      return_attention: also give every hypothesis its cross-attention (NxHx0x0 where there is no text).
       sampling_temperature: draw from the model's distribution at this temperature instead of searching.
       sampling_topk, sampling_topp: draw from the k most probable tokens, or from those that make up probability p.
-      seed: of the draws; a sentence's draws depend on its place among `sentences` but not on how they are batched.
+      seed: of the draws; a sentence's draws depend on its place in the text but not on how it is batched.
+      offset: how many sentences of the text came before these, where it is translated in pieces: sentences are numbered
+        from there, in draws and in errors.
       progress: called with the number of sentences done, after each batch.
 
     Raises:
       TranslationError: a sentence is too long for the model or the configured limit, or arguments contradict.
     """
     search = self._search(beam_size, num_hypotheses, length_penalty, sampling_temperature, sampling_topk, sampling_topp)
-    jobs = self._jobs(sentences, target_prefix)
-    found: list[list[Hypothesis]] = [[Hypothesis('', [], 0.0, 0.0, True)] * num_hypotheses for _ in sentences]
+    jobs = self._jobs(sentences, target_prefix, offset)
+    empty = Hypothesis('', [], 0.0, 0.0, True, self._no_attention() if return_attention else None)
+    found: list[list[Hypothesis]] = [[empty] * num_hypotheses for _ in sentences]
     done = len(sentences) - len(jobs)
     for batch in self._batches(jobs, search):
       for job, hypotheses in zip(batch, self._decode(batch, search, seed, return_attention)):
-        found[job.index] = hypotheses
+        found[job.index - offset] = hypotheses
       done += len(batch)
       if progress is not None:
         progress(done)
     sources = {job.index: job.source for job in jobs}
-    return [Translation(sentence, self.tokenizers.source.tokens(sources.get(i, [])), found[i])
+    return [Translation(sentence, self.tokenizers.source.tokens(sources.get(offset + i, [])), found[i])
             for i, sentence in enumerate(sentences)]
 
   def _search(self, beam_size, num_hypotheses, length_penalty, temperature, top_k, top_p) -> _Search:
@@ -161,26 +165,37 @@ class Translator:
       if top_k or top_p != 1.0:
         raise TranslationError('sampling_topk and sampling_topp need sampling_temperature (1.0: as the model says).')
       beam_size = d.beam_size if beam_size is None else beam_size
+      if beam_size < 1:
+        raise TranslationError(f'beam_size is {beam_size}; give 1 or more.')
       if beam_size < num_hypotheses:
         raise TranslationError(f'num_hypotheses {num_hypotheses} exceeds beam_size {beam_size}; raise beam_size.')
     else:
       if beam_size is not None or length_penalty is not None:
         raise TranslationError('sampling_temperature draws and does not search; leave out beam_size, length_penalty.')
+      if not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
+        raise TranslationError(f'sampling_temperature is {temperature}, sampling_topk {top_k} and sampling_topp {top_p}; '
+                               'give a temperature above 0, k of 0 (all) or more, and 0 < p <= 1.')
       beam_size = num_hypotheses
     alpha = d.length_penalty if length_penalty is None else length_penalty
+    if not alpha >= 0:
+      raise TranslationError(f'length_penalty is {alpha}; give 0 or more.')
     return _Search(beam_size, num_hypotheses, alpha, d.length_penalty_form, d.stop, temperature, top_k, top_p)
 
-  def _jobs(self, sentences: Sequence[str], target_prefix: Sequence[str] | None) -> list[_Job]:
+  def _jobs(self, sentences: Sequence[str], target_prefix: Sequence[str] | None, offset: int) -> list[_Job]:
     """The sentences that hold text, encoded and checked."""
-    if isinstance(sentences, str):
-      raise TranslationError('translate takes a list of sentences; put the one sentence in a list.')
+    if isinstance(sentences, str) or isinstance(target_prefix, str):
+      raise TranslationError('translate takes a list of sentences and a list of prefixes; put a single one in a list.')
     if target_prefix is not None and len(target_prefix) != len(sentences):
       raise TranslationError(f'{len(target_prefix)} target prefixes for {len(sentences)} sentences; give one each.')
     indices = [i for i, sentence in enumerate(sentences) if sentence.strip()]
+    for i in set(range(len(sentences))) - set(indices):
+      if target_prefix and target_prefix[i]:
+        raise TranslationError(f'Sentence {offset + i + 1} is empty and its translation will be, so it cannot begin with '
+                               f"{target_prefix[i]!r}; give it the prefix ''.")
     sources = self.tokenizers.source.encode_batch([sentences[i] for i in indices])
     prefixes = self.tokenizers.target.encode_batch([target_prefix[i] for i in indices]) if target_prefix else (
         [[]] * len(indices))
-    jobs = [_Job(i, source + [EOS], prefix) for i, source, prefix in zip(indices, sources, prefixes)]
+    jobs = [_Job(offset + i, source + [EOS], prefix) for i, source, prefix in zip(indices, sources, prefixes)]
     table, refused = self.model.config.max_positions, self.decoding.max_source_length
     for job in jobs:
       length = len(job.source)
@@ -194,6 +209,9 @@ class Translator:
         raise TranslationError(f'The target prefix of sentence {job.index + 1} has {len(job.prefix)} tokens and leaves '
                                f'no room below the limit of {self._limit(job)}; shorten it or raise extra_length.')
     return jobs
+
+  def _no_attention(self) -> np.ndarray:
+    return np.zeros((self.model.config.decoder_layers, self.model.config.num_heads, 0, 0), np.float32)
 
   def _limit(self, job: _Job) -> int:
     """Most tokens of a translation, </s> included (section 6.1 of the paper: input length + 50)."""

@@ -21,32 +21,30 @@ def plot_alignment(translation: Translation, layer: int = -1, head: int | None =
     head: a head, or None for the mean over heads.
 
   Raises:
-    ValueError: the translation carries no attention.
+    ValueError: the translation carries no attention, or has no text.
     ModuleNotFoundError: matplotlib is missing; it comes with the extra `plot`.
   """
   import matplotlib.ticker
   from matplotlib.figure import Figure
   if translation.attention is None:
     raise ValueError('This translation has no attention; translate with return_attention=True.')
+  if not translation.attention.size:
+    raise ValueError('This translation is empty, so there is nothing to draw; give a sentence with text.')
   pattern_HxTxS = translation.attention[layer]
   pattern_TxS = pattern_HxTxS.mean(axis=0) if head is None else pattern_HxTxS[head]
   rows, columns = pattern_TxS.shape
   figure = Figure(figsize=(2 + 0.42 * columns, 1.6 + 0.36 * rows), layout='constrained')
   axes = figure.subplots()
   image = axes.imshow(pattern_TxS, cmap='Blues', vmin=0.0, vmax=max(float(np.max(pattern_TxS)), 1e-6), aspect='auto')
-  axes.set_xticks(range(columns), _visible(translation.source_tokens), rotation=45, ha='left')
-  axes.set_yticks(range(rows), _visible(translation.tokens))
+  # Tokens are shown as they are: two dollar signs would make a formula of what stands between them.
+  axes.set_xticks(range(columns), translation.source_tokens, rotation=45, ha='left', parse_math=False)
+  axes.set_yticks(range(rows), translation.tokens, parse_math=False)
   axes.xaxis.tick_top()
   axes.tick_params(length=0)
-  axes.set_xlabel(f'source: {translation.source}')
+  axes.set_xlabel(f'source: {translation.source}', parse_math=False)
   axes.set_ylabel('written token')
   which = 'mean of the heads' if head is None else f'head {head}'
   axes.set_title(f'cross-attention, layer {range(len(translation.attention))[layer] + 1} of '
                  f'{len(translation.attention)}, {which}', fontsize=10)
   figure.colorbar(image, ax=axes, shrink=0.8, format=matplotlib.ticker.PercentFormatter(1.0, decimals=0))
   return figure
-
-
-def _visible(tokens: list[str]) -> list[str]:
-  """Tokens with their spaces shown; a dollar sign would start a formula."""
-  return [token.replace(' ', '\u2423').replace('$', r'\$') for token in tokens]
