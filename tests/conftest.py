@@ -19,3 +19,28 @@ def multi30k() -> Path:
   if not folder.is_dir():
     pytest.skip(f'needs real data: there is no {folder} (set TFM_DATA)')
   return folder
+
+
+@pytest.fixture(scope='session')
+def numbers_run(tmp_path_factory) -> Path:
+  """A run folder for reading: a tiny model that has begun to spell numbers below 100 (60 steps; saved every 20)."""
+  from tfm.config import (
+    Config,
+    DataConfig,
+    DecodingConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    TransformerConfig,
+  )
+  from tfm.training.loop import train
+  config = Config(
+      model=TransformerConfig(encoder_layers=1, decoder_layers=1, d_model=32, d_ff=64, num_heads=2, norm='pre',
+                              dropout=0.0),
+      tokenizer=TokenizerConfig(kind='char', vocab_size=300),
+      data=DataConfig(limit=100, held_out=10, tokens_per_batch=512, buckets=1, max_length=32),
+      optimizer=OptimizerConfig(schedule='cosine', learning_rate=1e-2, warmup_steps=10),
+      training=TrainingConfig(steps=60, log_every=20, validate_every=60, checkpoint_every=20, validation_sentences=1,
+                              samples=1, reuse_memory=False),
+      decoding=DecodingConfig(beam_size=1, extra_length=20))
+  return train(config, tmp_path_factory.mktemp('numbers') / 'run').folder

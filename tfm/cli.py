@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import importlib.util
+import io
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -30,8 +31,8 @@ def _run(command: Callable[[], None]) -> None:
   """Run a command; what the user can mend is one sentence on stderr, not a traceback."""
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   log.setLevel(logging.INFO)
-  for stream in (sys.stdout, sys.stderr):
-    stream.reconfigure(encoding='utf-8')  # as text is read, whatever the locale
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(encoding='utf-8')  # as text is read, whatever the locale
   try:
     command()
   except BrokenPipeError:
@@ -151,7 +152,7 @@ def translate(
       found = translator.translate(
           block, beam_size=beam_size, num_hypotheses=num_hypotheses, length_penalty=length_penalty,
           sampling_temperature=sampling_temperature, sampling_topk=sampling_topk, sampling_topp=sampling_topp,
-          seed=seed, offset=before, progress=lambda done: bar.update(before + done - bar.n))
+          seed=seed, offset=before, progress=lambda done, before=before: bar.update(before + done - bar.n))
       for number, translation in enumerate(found, before + 1):
         _write(sink, number, translation, num_hypotheses, scores)
       sink.flush()

@@ -76,12 +76,14 @@ def paired_bootstrap(systems: dict[str, Sequence[str]], references: Sequence[str
                                             'chrF2': CHRF(references=[list(references)])},
                     references=None, test_type='bs', n_samples=BOOTSTRAP)
   signatures, results = test()
-  lines = []
-  for index, name in enumerate(systems):
-    cells = []
+  lines, baseline = [], list(next(iter(systems.values())))
+  for index, (name, hypotheses) in enumerate(systems.items()):
+    # Of equal outputs no resample differs, which sacreBLEU counts as p = 1 / (resamples + 1).
+    same = index > 0 and list(hypotheses) == baseline
+    cells = ['same output as the first'] if same else []
     for metric in ('BLEU', 'chrF2'):
       result = results[metric][index]
-      p = '' if result.p_value is None else f' (p = {result.p_value:.4f})'
+      p = '' if same or result.p_value is None else f' (p = {result.p_value:.4f})'
       cells.append(f'{metric} {result.score:.2f}, mean {result.mean:.2f} +- {result.ci:.2f}{p}')
     lines.append(f'{name}: {"; ".join(cells)}')
   return '\n'.join(lines + [f'{metric}: {signature}' for metric, signature in signatures.items()])

@@ -173,7 +173,7 @@ class Translator:
       if beam_size is not None or length_penalty is not None:
         raise TranslationError('sampling_temperature draws and does not search; leave out beam_size, length_penalty.')
       if not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
-        raise TranslationError(f'sampling_temperature is {temperature}, sampling_topk {top_k} and sampling_topp {top_p}; '
+        raise TranslationError(f'sampling_temperature is {temperature}, sampling_topk {top_k}, sampling_topp {top_p}; '
                                'give a temperature above 0, k of 0 (all) or more, and 0 < p <= 1.')
       beam_size = num_hypotheses
     alpha = d.length_penalty if length_penalty is None else length_penalty
@@ -188,10 +188,10 @@ class Translator:
     if target_prefix is not None and len(target_prefix) != len(sentences):
       raise TranslationError(f'{len(target_prefix)} target prefixes for {len(sentences)} sentences; give one each.')
     indices = [i for i, sentence in enumerate(sentences) if sentence.strip()]
-    for i in set(range(len(sentences))) - set(indices):
-      if target_prefix and target_prefix[i]:
-        raise TranslationError(f'Sentence {offset + i + 1} is empty and its translation will be, so it cannot begin with '
-                               f"{target_prefix[i]!r}; give it the prefix ''.")
+    for number, (sentence, prefix) in enumerate(zip(sentences, target_prefix or []), offset + 1):
+      if prefix and not sentence.strip():
+        raise TranslationError(f'Sentence {number} is empty and its translation will be, so it cannot begin with '
+                               f"{prefix!r}; give it the prefix ''.")
     sources = self.tokenizers.source.encode_batch([sentences[i] for i in indices])
     prefixes = self.tokenizers.target.encode_batch([target_prefix[i] for i in indices]) if target_prefix else (
         [[]] * len(indices))

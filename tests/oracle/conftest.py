@@ -70,7 +70,7 @@ def new_model():
 
 @pytest.fixture(scope='session')
 def new_batch():
-  """`new_batch(source_vocab_size, target_vocab_size, seed)`: sources and targets of unequal lengths, as for training."""
+  """`new_batch(source_vocab_size, target_vocab_size, seed)`: source and target sentences of unequal lengths."""
   def make(source_vocab_size, target_vocab_size, seed=0):
     return (sentences([7, 3, 9, 2, 6, 8], source_vocab_size, 2 * seed),
             sentences([4, 10, 7, 3, 8, 6], target_vocab_size, 2 * seed + 1, begin=[BOS]))
@@ -123,7 +123,8 @@ class TorchTwin:
   def named(self, params):
     """Our tree under PyTorch's names and in its shapes; linear, so it serves gradients as well as parameters."""
     params = jax.tree.map(np.asarray, to_layout(params, 'unrolled'))
-    named = {name: params[name]['table'] for name in ('source_embedding', 'target_embedding', 'output') if name in params}
+    tables = [name for name in ('source_embedding', 'target_embedding', 'output') if name in params]
+    named = {name: params[name]['table'] for name in tables}
 
     def put_norm(name, norm):
       named[f'{name}.weight'], named[f'{name}.bias'] = norm['scale'], norm['bias']

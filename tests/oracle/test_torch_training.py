@@ -17,12 +17,13 @@ STEPS, VOCABULARY, WARMUP, FACTOR = 20, 37, 8, 0.1
 def test_twenty_updates(new_model, new_batch, torch_twin, norm, epsilon, clip_norm, accumulate):
   """Same losses, learning rates, gradient norms and weights.
 
-  Both Adams divide m / (1 - b1^t) by sqrt(v / (1 - b2^t)) + epsilon: the epsilon is outside the root and added after the
-  correction. The paper's 1e-9 is too small to show that, hence 1e-3 too. PyTorch's loss is the mean over the labels that
-  are not padding; its clipping adds 1e-6 to the norm.
+  Both Adams divide m / (1 - b1^t) by sqrt(v / (1 - b2^t)) + epsilon: the epsilon is outside the root and added after
+  the correction. The paper's 1e-9 is too small to show that, hence 1e-3 too. PyTorch's loss is the mean over the labels
+  that are not padding; its clipping adds 1e-6 to the norm.
   """
   config = Config(
-      model=TransformerConfig(encoder_layers=1, decoder_layers=2, d_model=32, d_ff=48, num_heads=4, dropout=0.0, norm=norm),
+      model=TransformerConfig(encoder_layers=1, decoder_layers=2, d_model=32, d_ff=48, num_heads=4, dropout=0.0,
+                              norm=norm),
       optimizer=OptimizerConfig(schedule='noam', learning_rate=FACTOR, warmup_steps=WARMUP, epsilon=epsilon,
                                 clip_norm=clip_norm),
       training=TrainingConfig(steps=STEPS, accumulate=accumulate))

@@ -16,10 +16,13 @@ def test_report(translator: Translator, pairs: Sequence[Pair], shown: int = 5) -
   hypotheses = [found.text for found in translator.translate(sources)]
   lines = [f'{source}\n  -> {hypothesis}{"" if hypothesis == reference else f"   (reference: {reference})"}'
            for source, hypothesis, reference in list(zip(sources, hypotheses, references))[:shown]]
+  has_4_grams = any(len(reference.split()) >= 4 for reference in references)
   return '\n'.join([
       f'Test set, {len(pairs):,} sentences, beam {translator.decoding.beam_size}:',
-      f'  exact match {exact_match(hypotheses, references):.1f} %', f'  {bleu(hypotheses, references, bootstrap=True)}',
-      f'  {chrf(hypotheses, references, bootstrap=True)}', *lines])
+      f'  exact match {exact_match(hypotheses, references):.1f} %',
+      f'  {chrf(hypotheses, references, bootstrap=True)}',
+      f'  {bleu(hypotheses, references, bootstrap=True)}' if has_4_grams else
+      '  no BLEU: it counts four words in a row, and no reference has four', *lines])
 
 
 def picture(translator: Translator, sentence: str, path: Path) -> str:

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+import tfm.config
+from tfm.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  DecodingConfig,
+  OptimizerConfig,
+  TokenizerConfig,
+  TrainingConfig,
+  TransformerConfig,
+  from_json,
+  nearest,
+  to_json,
+)
+
+RECIPES = sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
+FILES = dict(corpus='files', root='r', train='t', validation='v', limit=None, held_out=None)
+SECTIONS = [field.default_factory for field in dataclasses.fields(Config)]
+LEAVES = [(section, field.name) for section in SECTIONS for field in dataclasses.fields(section)]
+
+
+# -- rules ------------------------------------------------------------------------------------------------------------
+
+
+def positive(section, *names):
+  return [(section, {name: bad}, f'{name} is {bad}; give a number above 0') for name in names for bad in (0, -1)]
+
+
+def fractions(section, *names):
+  return [(section, {name: bad}, f'{name} is {bad}.*0 <= {name} < 1')
+          for name in names for bad in (-0.1, 1.0, float('nan'))]
+
+
+def several(section, values, sentence):
+  return [(section, value, sentence) for value in values]
+
+
+RULES = [
+    *positive(TransformerConfig, 'encoder_layers', 'decoder_layers', 'd_model', 'd_ff', 'num_heads'),
+    *fractions(TransformerConfig, 'dropout', 'attention_dropout', 'activation_dropout'),
+    (TransformerConfig, dict(norm_epsilon=0.0), 'norm_epsilon is 0.0; give a number above 0'),
+    *several(TransformerConfig, [dict(d_model=10, num_heads=4), dict(d_model=10, num_heads=4, d_k=3),
+                                 dict(d_model=10, num_heads=4, d_v=3)],
+             'd_model 10 is not divisible by num_heads 4; change one or set d_k and d_v'),
+    (TransformerConfig, dict(d_k=0), 'd_k is 0; give a number above 0 or None'),
+    (TransformerConfig, dict(d_v=-2), 'd_v is -2; give a number above 0 or None'),
+    (TransformerConfig, dict(d_model=15, num_heads=5), "positions='sinusoidal'.*d_model must be even, not 15"),
+    *several(TransformerConfig, [dict(positions='learned'), dict(positions='learned', max_positions=0)],
+             "positions='learned' needs a table size: set max_positions"),
+    (TransformerConfig, dict(max_positions=9), "max_positions has no effect with positions='sinusoidal'; remove it"),
+
+    (TokenizerConfig, dict(kind='byte'), "kind='byte' always has 260 ids; set vocab_size to None"),
+    *several(TokenizerConfig, [dict(vocab_size=260), dict(kind='char', vocab_size=None)],
+             'needs vocab_size above 260'),
+
+    *positive(DataConfig, 'tokens_per_batch', 'buckets', 'max_length'),
+    (DataConfig, dict(source='de'), "data.source and data.target are both 'de'; give two languages"),
+    *[(DataConfig, {name: 'x'}, f"data.{name} needs data.corpus='files'; with 'numbers' leave it out")
+      for name in ('root', 'train', 'validation', 'test')],
+    *several(DataConfig, [dict(limit=None), dict(held_out=None), dict(held_out=0)],
+             "data.corpus='numbers' needs data.limit and a data.held_out above 0"),
+    (DataConfig, dict(limit=99, held_out=25), 'data.limit 99.*data.held_out 25; make limit at least 4 x held_out'),
+    *[(DataConfig, {**FILES, name: None}, f"data.corpus='files' needs data.{name}")
+      for name in ('root', 'train', 'validation')],
+    *[(DataConfig, {**FILES, name: 100}, f"data.{name} needs data.corpus='numbers'; with 'files' set it to None")
+      for name in ('limit', 'held_out')],
+    (DataConfig, dict(max_length=9, tokens_per_batch=8),
+     'data.max_length 9 exceeds data.tokens_per_batch 8.*raise one or lower the other'),
+
+    (OptimizerConfig, dict(learning_rate=0.0), 'learning_rate is 0.0; give a number above 0'),
+    (OptimizerConfig, dict(epsilon=-1.0), 'epsilon is -1.0; give a number above 0'),
+    (OptimizerConfig, dict(warmup_steps=-1, schedule='linear'), 'optimizer.warmup_steps is -1; give 0 or more'),
+    *several(OptimizerConfig, [dict(warmup_steps=0), dict(warmup_steps=0, schedule='rsqrt')],
+             'divides by warmup_steps; give warmup_steps above 0'),
+    *fractions(OptimizerConfig, 'b1', 'b2', 'label_smoothing'),
+    (OptimizerConfig, dict(clip_norm=0.0), 'optimizer.clip_norm is 0.0; give > 0 or None'),
+
+    *positive(TrainingConfig, 'steps', 'accumulate', 'log_every', 'validate_every', 'checkpoint_every', 'keep_last',
+              'validation_sentences'),
+    (TrainingConfig, dict(keep_best=-1), 'training.keep_best is -1; give 0 or more'),
+    (TrainingConfig, dict(samples=-1), 'training.samples is -1; give 0 or more'),
+    (TrainingConfig, dict(patience=0), 'training.patience is 0; give > 0 or None'),
+    (TrainingConfig, dict(validate_every=30, checkpoint_every=20),
+     'training.validate_every 30 is not a multiple of checkpoint_every 20.*change one or set keep_best to 0'),
+    (TrainingConfig, dict(samples=3, validation_sentences=2),
+     'training.samples 3 exceeds validation_sentences 2; lower it'),
+
+    *positive(DecodingConfig, 'beam_size', 'extra_length', 'batch_tokens'),
+    (DecodingConfig, dict(length_penalty=-0.1), 'decoding.length_penalty is -0.1; give 0 or more'),
+    (DecodingConfig, dict(max_source_length=0), 'decoding.max_source_length is 0; give > 0 or None'),
+
+    (Config, dict(tokenizer=TokenizerConfig(joint=False)),
+     "model.tying='all'.*tokenizer.joint is False; set tokenizer.joint=True or model.tying='target'"),
+    (Config, dict(model=TransformerConfig(positions='learned', max_positions=255)),
+     'model.max_positions 255 is below data.max_length 256; raise max_positions or lower max_length'),
+]
+
+
+@pytest.mark.parametrize(('section', 'fields', 'sentence'), RULES)
+def test_each_rule_names_the_fields_and_the_fix(section, fields, sentence):
+  with pytest.raises(ConfigError, match=sentence) as raised:
+    section(**fields)
+  assert '\n' not in str(raised.value)
+
+
+def test_no_rule_is_without_an_example(monkeypatch):
+  """Every call of `require...` inside a `check` refuses something in `RULES`."""
+  calls = {node.lineno: node.end_lineno for function in ast.walk(ast.parse(inspect.getsource(tfm.config)))
+           if isinstance(function, ast.FunctionDef) and function.name == 'check' for node in ast.walk(function)
+           if isinstance(node, ast.Call) and getattr(node.func, 'id', '').startswith('require')}
+  assert len(calls) > 25
+  refused = set()
+
+  def require(condition, sentence):
+    frame = sys._getframe(1)
+    while not condition and frame is not None:
+      if frame.f_code.co_name == 'check':
+        refused.update(first for first, last in calls.items() if first <= frame.f_lineno <= last)
+      frame = frame.f_back
+    if not condition:
+      raise ConfigError(sentence)
+
+  monkeypatch.setattr(tfm.config, 'require', require)
+  for section, fields, _ in RULES:
+    with pytest.raises(ConfigError):
+      section(**fields)
+  assert refused == set(calls), f'rules in lines {sorted(set(calls) - refused)} of config.py have no example'
+
+
+def test_combinations_that_do_work():
+  TransformerConfig(d_model=10, num_heads=4, d_k=3, d_v=3)
+  TransformerConfig(d_model=15, num_heads=5, positions='learned', max_positions=8)
+  TrainingConfig(validate_every=30, checkpoint_every=20, keep_best=0)
+  Config(tokenizer=TokenizerConfig(joint=False), model=TransformerConfig(tying='target'))
+  DataConfig(**FILES)
+  assert TransformerConfig(d_model=64, num_heads=4).key_width == 16
+  assert TransformerConfig(d_model=64, num_heads=4, d_k=5, d_v=7).value_width == 7
+
+
+# -- types ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('section', 'leaf'), LEAVES, ids=lambda value: getattr(value, '__name__', value))
+def test_a_value_of_another_type_is_refused_by_name(section, leaf):
+  kind = typing.get_type_hints(section)[leaf]
+  wrong = [b'bytes', [1], {}]
+  if kind is not bool:
+    wrong.append(True)
+  if str not in (kind, *typing.get_args(kind)):
+    wrong.append('text')
+  if kind in (int, int | None):
+    wrong.append(1.0)
+  if type(None) not in typing.get_args(kind):
+    wrong.append(None)
+  for value in wrong:
+    with pytest.raises(ConfigError, match=rf'{section.__name__}\.{leaf} is '):
+      section(**{leaf: value})
+
+
+def test_whole_numbers_are_accepted_for_floats():
+  for value in (OptimizerConfig(learning_rate=1, clip_norm=2), from_json('{"optimizer": {"clip_norm": 2}}').optimizer):
+    assert value.clip_norm == 2.0 and type(value.clip_norm) is float and type(value.learning_rate) is float
+
+
+def test_a_choice_lists_its_options():
+  with pytest.raises(ConfigError, match="norm is 'middle'; choose one of 'post', 'pre'"):
+    TransformerConfig(norm='middle')
+  with pytest.raises(ConfigError, match='Config.model is .*give a TransformerConfig'):
+    Config(model=OptimizerConfig())
+
+
+def test_frozen():
+  for section in (Config(), *(make() for make in SECTIONS)):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+      setattr(section, dataclasses.fields(section)[0].name, None)
+  assert hash(Config()) == hash(Config()) and Config() == Config()
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_survives_json(recipe, monkeypatch):
+  from tfm.cli import read_recipe
+  monkeypatch.delenv('TABLE3_ROW', raising=False)
+  config, _ = read_recipe(recipe)
+  again = from_json(to_json(config))
+  assert again == config and to_json(again) == to_json(config)
+
+
+def test_json_holds_every_leaf():
+  stored = json.loads(to_json(Config()))
+  names = {(section, leaf) for section in stored for leaf in stored[section]}
+  assert names == {(field.name, leaf.name) for field in dataclasses.fields(Config)
+                   for leaf in dataclasses.fields(field.default_factory)}
+
+
+@pytest.mark.parametrize(('text', 'sentence'), [
+    ('{"modell": {}}', "config has no field 'modell'; did you mean 'model'?"),
+    ('{"model": {"num_head": 2}}', "config.model has no field 'num_head'; did you mean 'num_heads'?"),
+    ('{"optimizer": {"qqqq": 2}}', "config.optimizer has no field 'qqqq'"),
+    ('{"model": {"num_heads": "2"}}', "config.model.num_heads is '2', which is not int"),
+    ('{"model": {"d_k": 2.5}}', 'config.model.d_k is 2.5, which is not int or NoneType'),
+    ('{"model": {"norm": "x"}}', "config.model.norm is 'x'; choose one of 'post', 'pre'"),
+    ('{"model": 3}', 'config.model should be a table of fields, not 3'),
+    ('[]', r'config should be a table of fields, not \[\]'),
+    ('{"data": {"limit": 3}}', 'data.limit 3 leaves too few'),
+])
+def test_bad_json_names_the_key(text, sentence):
+  with pytest.raises(ConfigError, match=sentence.replace('?', r'\?')):
+    from_json(text)
+
+
+def test_nearest_names_one_or_nothing():
+  assert nearest('dropuot', ['dropout', 'dtype']) == "; did you mean 'dropout'?"
+  assert nearest('zzz', ['dropout', 'dtype']) == ''
+
+
+def test_every_leaf_is_documented():
+  tree = ast.parse(inspect.getsource(tfm.config))
+  for section in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith('Config')):
+    for leaf, after in zip(section.body, section.body[1:]):
+      if isinstance(leaf, ast.AnnAssign) and section.name != 'Config':
+        documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        assert documented, f'{section.name}.{leaf.target.id} has no documentation'
