@@ -9,6 +9,11 @@ import pytest
 # Parity tests compare to 1e-5, so matrix products must not be rounded to TF32 where a GPU is found.
 jax.config.update('jax_default_matmul_precision', 'highest')
 
+# Most of the suite's time is compilation, often of a program that another test, worker or run has compiled already.
+jax.config.update('jax_compilation_cache_dir', str(Path(__file__).parents[1] / '.pytest_cache' / 'xla'))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
 DATA = Path(os.environ.get('TFM_DATA', Path(__file__).parents[2] / 'shared' / 'data'))
 
 

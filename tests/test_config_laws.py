@@ -49,7 +49,7 @@ LEAVES = {
     'model.dropout': (0.2, 'step'), 'model.attention_dropout': (0.2, 'step'),
     'model.activation_dropout': (0.2, 'step'), 'model.dtype': ('bfloat16', 'step'),
     'model.scan_layers': (True, 'init'), 'model.remat': ('dots', 'step'),
-    'tokenizer.kind': ('word', 'data'), 'tokenizer.vocab_size': (264, 'data'), 'tokenizer.joint': (False, 'data'),
+    'tokenizer.kind': ('word', 'data'), 'tokenizer.vocab_size': (262, 'data'), 'tokenizer.joint': (False, 'data'),
     'data.corpus': ('files', 'data'), 'data.source': ('fr', 'data'), 'data.target': ('es', 'data'),
     'data.limit': (500, 'data'), 'data.held_out': (30, 'data'), 'data.root': ('other', 'data'),
     'data.train': ('val', 'data'), 'data.validation': ('train', 'data'), 'data.test': ('train', 'data'),

@@ -231,9 +231,10 @@ def test_attention_is_that_of_the_sentence_alone(translator, found):
 
   # Row t belongs to the step that wrote token t, so that step had read <s> and the tokens before t.
   source = translator.tokenizers.source.encode(LONG[2]) + [EOS]
-  inputs = [BOS, *ids_of(translator, alone.tokens)[:-1]]
-  bare, = cross_attention(translator.model, translator.params, padded([source]), padded([inputs]))
-  np.testing.assert_allclose(alone.attention, bare, atol=1e-5)
+  inputs = [[BOS, *ids_of(translator, hypothesis.tokens)[:-1]] for hypothesis in alone.hypotheses]
+  bare = cross_attention(translator.model, translator.params, padded([source] * 4), padded(inputs))
+  for hypothesis, expected in zip(alone.hypotheses, bare):
+    np.testing.assert_allclose(hypothesis.attention, expected[:, :, :len(hypothesis.tokens)], atol=1e-5)
   np.testing.assert_array_equal(alone.attention, alone.hypotheses[0].attention)
 
 

@@ -15,7 +15,6 @@ from tfm.config import TransformerConfig
 from tfm.models.build import build_model, count_parameters, initialize, with_layout
 from tfm.models.layout import to_layout
 
-quick = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})  # compiles in half the time
 CONFIGS = Path(__file__).parents[2] / 'configs'
 V = 37_000
 
@@ -88,7 +87,7 @@ KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope='module')
-def start():
+def start(quick):
   """key -> parameters, compiled once."""
   return quick(partial(initialize, build_model(CONFIG, 50, 60)))
 
@@ -140,7 +139,7 @@ def test_norms_begin_as_the_identity_and_biases_at_zero(fresh):
   assert (ones, zeros) == (5 + 2, 5 + 2 + 4)
 
 
-def test_the_first_values_do_not_depend_on_how_the_model_is_computed(fresh):
+def test_the_first_values_do_not_depend_on_how_the_model_is_computed(quick, fresh):
   config = replace(CONFIG, scan_layers=False, dtype='bfloat16', remat='full')
   params = quick(partial(initialize, build_model(config, 50, 60)))(KEY)
   jax.tree.map(np.testing.assert_array_equal, to_layout(params, 'scanned'), fresh)

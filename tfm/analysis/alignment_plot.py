@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +35,8 @@ def plot_alignment(translation: Translation, layer: int = -1, head: int | None =
   pattern_TxS = pattern_HxTxS.mean(axis=0) if head is None else pattern_HxTxS[head]
   rows, columns = pattern_TxS.shape
   # Inches: a cell each and room for labels; never narrower than the title.
-  figure = Figure(figsize=(max(5, 2 + 0.42 * columns), 1.6 + 0.36 * rows), layout='constrained')
+  width = max(5.0, 2 + 0.42 * columns)
+  figure = Figure(figsize=(width, 1.6 + 0.36 * rows), layout='constrained')
   axes = figure.subplots()
   image = axes.imshow(pattern_TxS, cmap='Blues', vmin=0.0, vmax=max(float(np.max(pattern_TxS)), 1e-6), aspect='auto')
   # Tokens are shown as they are: two dollar signs would make a formula of what stands between them.
@@ -42,7 +44,8 @@ def plot_alignment(translation: Translation, layer: int = -1, head: int | None =
   axes.set_yticks(range(rows), translation.tokens, parse_math=False)
   axes.xaxis.tick_top()
   axes.tick_params(length=0)
-  axes.set_xlabel(f'source: {translation.source}', parse_math=False, wrap=True)
+  # Ten characters an inch. (Matplotlib's own wrapping would parse formulas.)
+  axes.set_xlabel(textwrap.fill(f'source: {translation.source}', int(10 * width)), parse_math=False)
   axes.set_ylabel('written token')
   which = 'mean of the heads' if head is None else f'head {head}'
   axes.set_title(f'cross-attention, layer {range(len(translation.attention))[layer] + 1} of '
