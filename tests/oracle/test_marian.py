@@ -101,12 +101,18 @@ def eloquent(params, seed):
 
 @pytest.fixture(scope='module')
 def both(new_model, sinusoid):
-  """`both(vocab_size, seed)`: our model, its parameters, and MarianMT with the same."""
+  """`both(vocab_size, seed, tempting)`: our model, its parameters, and MarianMT with the same.
+
+  PAD and BOS get 1.1 times the rows of the two `tempting` ids, so they would be chosen wherever these are.
+  """
   torch.set_num_threads(1)
 
-  def make(vocab_size, seed):
+  def make(vocab_size, seed, tempting=None):
     model, params = new_model(CONFIG, vocab_size, vocab_size, seed=seed)
     params = eloquent(params, seed)
+    if tempting is not None:
+      table_VxD = params['target_embedding']['table']
+      table_VxD[[PAD, BOS]] = np.float32(1.1) * table_VxD[list(tempting)]
     return model, jax.tree.map(jnp.asarray, params), as_marian(CONFIG, params, vocab_size, sinusoid(64, CONFIG.d_model))
 
   return make
@@ -115,7 +121,7 @@ def both(new_model, sinusoid):
 @pytest.fixture(scope='module')
 def small(both, sentences):
   """A small vocabulary: our model, its parameters, MarianMT, a batch of sources and our memory of it."""
-  model, params, marian = both(VOCABULARY, seed=1)
+  model, params, marian = both(VOCABULARY, seed=1, tempting=(37, 4))
   source_BxS = sentences([3, 9, 5, 12, 7, 4, 10, 6, 8, 11, 2, 5], VOCABULARY, seed=5)
   memory = jax.jit(lambda params: model.apply({'params': params}, source_BxS, method='encode'))(params)
   return model, params, marian, source_BxS, memory

@@ -39,7 +39,7 @@ class Speller:
 
   def __init__(self, language: str, limit: int, name: str = 'language'):
     offered = num2words.CONVERTER_CLASSES
-    require(language in offered, f"{name} '{language}' is no language of num2words{nearest(language, offered)} "
+    require(language in offered, f"{name} '{language}' is no language of num2words{nearest(language, offered) or '.'} "
                                  f'It has {", ".join(sorted(offered))}.')
     self.language = language
     probes = {0, limit - 1} | {n for k in range(1, 19) for n in (10 ** k - 1, 10 ** k) if n < limit}
