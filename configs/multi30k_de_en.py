@@ -3,7 +3,15 @@
     python train.py configs/multi30k_de_en.py --data.root DIR
 """
 
-from tfm.config import Config, DataConfig, DecodingConfig, OptimizerConfig, TokenizerConfig, TrainingConfig, TransformerConfig
+from tfm.config import (
+    Config,
+    DataConfig,
+    DecodingConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    TransformerConfig,
+)
 
 config = Config(
     model=TransformerConfig(encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, dropout=0.3),

@@ -3,13 +3,22 @@
     python train.py
 """
 
-from tfm.config import Config, DataConfig, DecodingConfig, OptimizerConfig, TokenizerConfig, TrainingConfig, TransformerConfig
+from tfm.config import (
+    Config,
+    DataConfig,
+    DecodingConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    TransformerConfig,
+)
 
 config = Config(
-    model=TransformerConfig(encoder_layers=2, decoder_layers=2, d_model=128, d_ff=512, num_heads=4, norm='pre', dropout=0.0),
+    model=TransformerConfig(encoder_layers=2, decoder_layers=2, d_model=128, d_ff=512, num_heads=4, norm='pre',
+                            dropout=0.0),
     tokenizer=TokenizerConfig(kind='bpe', vocab_size=400),
     data=DataConfig(corpus='numbers', source='en', target='de', tokens_per_batch=4096, buckets=2, max_length=64),
     optimizer=OptimizerConfig(schedule='cosine', learning_rate=2e-3, warmup_steps=100),
-    training=TrainingConfig(steps=1000, log_every=50, validate_every=500, checkpoint_every=500),
+    training=TrainingConfig(steps=400, log_every=50, validate_every=200, checkpoint_every=200),
     decoding=DecodingConfig(beam_size=1),
 )

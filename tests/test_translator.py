@@ -265,6 +265,8 @@ def test_learned_positions_translate_up_to_their_table(translator):
   learned = Translator(model, initialize(model, jax.random.key(0)), translator.tokenizers, DecodingConfig(beam_size=1))
   with pytest.raises(TranslationError, match=r'Sentence 1 has 14 tokens.*12 positions'):
     learned.translate(['seventy-seven'])
+  with pytest.raises(TranslationError, match=r'prefix of sentence 1 has 12 tokens.*limit of 12'):
+    learned.translate(['six'], target_prefix=['x' * 12])
   translation, = learned.translate(['seventy-one'])
   assert len(translation.source_tokens) == 12
   assert translation.hypotheses[0].finished or len(translation.tokens) == 12
@@ -290,6 +292,7 @@ def test_an_output_cut_at_the_limit_says_so(translator):
     (dict(beam_size=0), 'beam_size is 0'),
     (dict(length_penalty=-1.0), 'length_penalty is -1'),
     (dict(length_penalty=float('nan')), 'length_penalty is nan'),
+    (dict(seed=2**63), 'seed is 9223372036854775808; give a number of 64 bits'),
     (dict(sampling_topk=3), 'need sampling_temperature'),
     (dict(sampling_topp=0.5), 'need sampling_temperature'),
     (dict(sampling_temperature=1.0, beam_size=4), 'does not search'),

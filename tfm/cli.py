@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Literal, TextIO
 
 import tyro
 
@@ -105,10 +105,20 @@ def read_recipe(path: Path) -> tuple[Config, str]:
 
 # -- tfm --------------------------------------------------------------------------------------------------------------
 
+Step = int | Literal['best'] | None
+
+
+def _load(run: str, step: Step):
+  from tfm.pipeline import load
+  from tfm.training.compilation_cache import use_compilation_cache
+  use_compilation_cache()
+  return load(run, step)
+
 
 def translate(
     run: tyro.conf.Positional[str],
     /,
+    step: Step = None,
     input: Path | None = None,
     output: Path | None = None,
     beam_size: int | None = None,
@@ -125,6 +135,7 @@ def translate(
 
   Args:
     run: Run folder.
+    step: Which checkpoint: a number, 'best' (of the validated ones), or the newest if left out.
     input: Text file, plain or .gz; standard input if left out.
     output: File to write; standard output if left out.
     beam_size: Hypotheses kept while searching; the run's setting if left out, 1 is greedy.
@@ -137,11 +148,10 @@ def translate(
     scores: Write score and text, separated by a tab.
     chunk: Lines translated together; output appears after each chunk. A terminal is answered line by line.
   """
-  from tfm.pipeline import load
   from tfm.text.corpora import read_lines
   if chunk < 1:
     raise UserError(f'--chunk is {chunk}; give 1 or more.')
-  translator = load(run)
+  translator = _load(run, step)
   interactive = input is None and sys.stdin.isatty()
   lines = iter(read_lines(input)) if input is not None else _stdin_lines()
   sink = open(output, 'w', encoding='utf-8', newline='\n') if output is not None else sys.stdout
@@ -196,6 +206,7 @@ def _bar(interactive: bool):
 def evaluate(
     runs: tyro.conf.Positional[tuple[str, ...]],
     /,
+    step: Step = None,
     source: Path | None = None,
     reference: Path | None = None,
     beam_size: int | None = None,
@@ -206,13 +217,13 @@ def evaluate(
 
   Args:
     runs: Run folders; the first is the baseline of the comparison.
+    step: Which checkpoint of each: a number, 'best' (of the validated ones), or the newest if left out.
     source: Text file to translate; the test set of the run's config if left out.
     reference: Its translation, line by line.
     beam_size: The run's setting if left out.
     length_penalty: The run's setting if left out.
     output: Write the translations of the first run here.
   """
-  from tfm.pipeline import load
   from tfm.scores import bleu, chrf, exact_match, paired_bootstrap, tokenized_bleu
   from tfm.text.corpora import build_corpus, read_lines
   from tfm.training.run_folder import RunFolder
@@ -236,7 +247,7 @@ def evaluate(
     raise UserError(f'{source} has no lines; give at least one sentence.')
   systems = {}
   for run in runs:
-    found = load(run).translate(sources, beam_size=beam_size, length_penalty=length_penalty)
+    found = _load(run, step).translate(sources, beam_size=beam_size, length_penalty=length_penalty)
     hypotheses = systems[run] = [_one_line(translation.text) for translation in found]
     print(run)
     print(f'  {bleu(hypotheses, references, bootstrap=True)}')

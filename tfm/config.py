@@ -134,7 +134,7 @@ class TokenizerConfig(Section):
     require(self.kind != 'byte' or self.vocab_size is None,
             "tokenizer kind='byte' always has 260 ids; set vocab_size to None.")
     require(self.kind == 'byte' or (self.vocab_size or 0) > 260,
-            f"tokenizer kind='{self.kind}' needs vocab_size above 260 (4 special ids, 256 bytes), not {self.vocab_size}.")
+            f"tokenizer kind='{self.kind}' needs vocab_size above 260 (special ids and bytes), not {self.vocab_size}.")
 
 
 @dataclass(frozen=True)

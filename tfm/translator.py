@@ -143,6 +143,8 @@ class Translator:
       TranslationError: a sentence is too long for the model or the configured limit, or arguments contradict.
     """
     search = self._search(beam_size, num_hypotheses, length_penalty, sampling_temperature, sampling_topk, sampling_topp)
+    if not -2**63 <= seed < 2**63:
+      raise TranslationError(f'seed is {seed}; give a number of 64 bits.')
     jobs = self._jobs(sentences, target_prefix, offset)
     empty = Hypothesis('', [], 0.0, 0.0, True, self._no_attention() if return_attention else None)
     found: list[list[Hypothesis]] = [[empty] * num_hypotheses for _ in sentences]

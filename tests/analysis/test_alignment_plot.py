@@ -59,7 +59,7 @@ def test_what_cannot_be_drawn(translation):
 @pytest.mark.parametrize('tokens', [['▁a'], ['Donaudampfschifffahrt', 'b'], ['▁a'] * 30])
 def test_titles_and_labels_stay_inside_the_picture(tokens):
   pattern = np.ones((1, 1, len(tokens), len(tokens))) / len(tokens)
-  source = ' '.join(tokens) + ' and more'
+  source = ' '.join(tokens) + 12 * ' and more'
   figure = plot_alignment(Translation(source, tokens, [Hypothesis('', tokens, -1.0, -1.0, True, pattern)]))
   figure.draw_without_rendering()
   axes = figure.axes[0]

@@ -117,6 +117,7 @@ def test_taps_see_scores_pattern_and_z_and_decide_what_goes_on(dtype):
   np.testing.assert_allclose(seen['pattern'].sum(-1), np.broadcast_to(np.array([0, 1])[:, None, None], (B, 4, T)),
                              atol=1e-6)
   np.testing.assert_array_equal(seen['pattern'][..., 4:], 0)
+  assert np.isfinite(seen['scores']).all()  # an edit may multiply them by 0
   np.testing.assert_allclose(jax.nn.softmax(seen['scores'][1]), seen['pattern'][1], atol=1e-7)
 
   first = jnp.zeros((B, 4, T, S)).at[..., 0].set(1)  # short-circuited: everybody looks at key 0
@@ -141,6 +142,15 @@ def test_dropout_is_applied_to_the_pattern_after_its_tap():
 def test_bfloat16_is_the_float32_result_rounded():
   exact, rounded = draw(), draw(dtype=jnp.bfloat16)
   np.testing.assert_allclose(attend(*rounded).astype(jnp.float32), attend(*exact), atol=0.03)
+
+
+def test_scores_of_bfloat16_are_accumulated_in_float32():
+  q, k, v = draw(dtype=jnp.bfloat16)
+  seen = {}
+  attend(q, k, v, tap=lambda name, value: seen.setdefault(name, value))
+  exact = np.einsum('bthc,bshc->bhts', np.asarray(q, np.float64), np.asarray(k, np.float64)) / 2  # sqrt(C)
+  assert seen['scores'].dtype == jnp.float32
+  np.testing.assert_allclose(seen['scores'], exact, rtol=1e-5, atol=1e-6)
 
 
 def test_query_heads_that_cannot_share_the_key_heads_are_refused():

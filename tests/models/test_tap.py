@@ -81,9 +81,9 @@ def test_the_values_are_those_that_their_names_promise(quick, tiny, ids, capture
   layer = (lambda stack, i, tap: found[f'{stack}/layers/{tap}'][i]) if scan_layers else (
       lambda stack, i, tap: found[f'{stack}/layers_{i}/{tap}'])
   for stack, count, embed in (('encoder', ENCODER_LAYERS, 'source_embed'), ('decoder', DECODER_LAYERS, 'target_embed')):
-    np.testing.assert_array_equal(layer(stack, 0, 'resid_pre'), found[embed])
+    np.testing.assert_allclose(layer(stack, 0, 'resid_pre'), found[embed], atol=1e-6)
     for i in range(1, count):
-      np.testing.assert_array_equal(layer(stack, i, 'resid_pre'), layer(stack, i - 1, 'resid_post'))
+      np.testing.assert_allclose(layer(stack, i, 'resid_pre'), layer(stack, i - 1, 'resid_post'), atol=1e-6)
   for stack, name in (('encoder', 'self_attention'), ('decoder', 'self_attention'), ('decoder', 'cross_attention')):
     pattern_BxHxTxS = layer(stack, 1, f'{name}/pattern')
     np.testing.assert_allclose(pattern_BxHxTxS.sum(-1), 1, atol=1e-6)

@@ -65,6 +65,16 @@ def assert_same_bytes(one: Path, other: Path) -> None:
   assert [name for name in a if a[name] != b[name]] == []
 
 
+@pytest.fixture(name='tiny')
+def _tiny():
+  return tiny_config
+
+
+@pytest.fixture(name='same_bytes')
+def _same_bytes():
+  return assert_same_bytes
+
+
 @pytest.fixture(scope='session')
 def compiled_programs(tmp_path_factory) -> Path:
   return tmp_path_factory.mktemp('compiled')
@@ -127,6 +137,26 @@ def train_until(at_step) -> Callable[[int, Config, Path], None]:
 def signal_at(at_step) -> Callable[[int, signal.Signals], None]:
   """`signal_at(4, SIGTERM)`: this process gets the signal just before the fourth update."""
   return lambda step, number: at_step(step, lambda: os.kill(os.getpid(), number))
+
+
+@pytest.fixture
+def validations(monkeypatch) -> Callable[..., list[float]]:
+  """`validations(3.0, 2.0, ...)`: what the validations from now on find (nll, and bleu too), without any being made.
+
+  Returns the figures that are still to come.
+  """
+
+  def script(*figures: float) -> list[float]:
+    left = list(figures)
+
+    def validate(model, params, batches, translator, pairs):
+      figure = left.pop(0)
+      return {'nll': figure, 'bleu': figure, 'chrf': 0.0, 'exact': 0.0}, ['?'] * len(pairs)
+
+    monkeypatch.setattr(tfm.training.loop, 'validate', validate)
+    return left
+
+  return script
 
 
 @pytest.fixture(scope='session')

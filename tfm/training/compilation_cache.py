@@ -11,5 +11,5 @@ import jax
 def use_compilation_cache() -> None:
   """Set JAX's persistent cache, unless the user did (JAX_COMPILATION_CACHE_DIR)."""
   if jax.config.jax_compilation_cache_dir is None:
-    home = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache'))
+    home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')  # set but empty counts as unset
     jax.config.update('jax_compilation_cache_dir', str(home / 'tfm' / 'xla'))

@@ -52,7 +52,7 @@ def init_from(run: str | os.PathLike[str] | RunFolder, params: Params,
   missing: list[str] = []
   misshapen: list[str] = []
   for name, leaf in named_leaves(fresh).items():
-    side = next((SIDE[part] for part in name.split('/') if part in SIDE), None)
+    side = SIDE.get(name.split('/')[0])  # of the top: every attention layer has an `output` too
     if name not in old:
       missing.append(name)
     elif side is not None and old[name].shape[1:] == leaf.shape[1:]:

@@ -32,4 +32,5 @@ class Interrupt:
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
     for number, handler in self._before.items():
-      signal.signal(number, handler)
+      # None: one that was not set from Python, which Python cannot put back.
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)

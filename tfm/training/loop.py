@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
-from tfm.config import Config, ConfigError
+from tfm.config import Config
 from tfm.models.layout import layout_of
-from tfm.text.batches import encode_pairs, evaluation_batches, prefetch
+from tfm.text.batches import prefetch
 from tfm.text.corpora import build_corpus
 from tfm.training.host_memory import reuse_freed_memory
 from tfm.training.interrupt import Interrupt
@@ -72,45 +73,45 @@ class _Loop:
     self.compiled = jax.jit(build_step(config, begin.model), donate_argnums=0)
     self.translator = Translator(begin.model, begin.state.params, begin.tokenizers, config.decoding)
     self.decoded_pairs = validation_pairs[:self.training.validation_sentences]
-    self.validation_batches = evaluation_batches(encode_pairs(begin.tokenizers, validation_pairs), config.data,
-                                                 begin.batches.shapes)
     self.pending: tuple[int, StepMetrics] | None = None
 
   def run(self) -> Outcome:
     total = self.training.steps
-    if self.first_step > total:
-      raise ConfigError(f'{self.begin.folder.path} is at step {self.first_step}, beyond training.steps={total}; '
-                        'raise training.steps.')
     self.metrics = MetricsLog(self.begin.folder.path, self.first_step)
     self.throughput, self.progress = Throughput(total, self.first_step), Progress(total, self.first_step)
-    step, reason = self.first_step, 'finished'
     feed = prefetch(self.begin.batches, self.first_step, total)
-    try:
-      with Interrupt() as interrupt:
-        if self._out_of_patience():
-          return Outcome(self.begin.folder.path, step, 'early stop')
-        for index, batch in feed:
-          self._dispatch(index, batch)
-          step = index + 1
-          if step % self.training.validate_every == 0 or step == total:
-            self._checkpoint(step, self._validate(step))
-            if step != total and self._out_of_patience():
-              reason = 'early stop'
-              break
-          elif step % self.training.checkpoint_every == 0:
-            self._checkpoint(step, None)
-          elif interrupt.requested:
-            self._checkpoint(step, None, scheduled=False)
-          if interrupt.requested:
-            reason = interrupt.requested
-            self.progress.note(f'{reason}: saved step {step}; the same command resumes.')
-            break
-      return Outcome(self.begin.folder.path, step, reason)
-    finally:
-      feed.close()
-      self.begin.checkpoints.close()
-      self.metrics.close()
-      self.progress.close()
+    with Interrupt() as interrupt:  # around the end too: the last save is still being written there
+      try:
+        step, reason = self._updates(feed, interrupt)
+      finally:
+        feed.close()
+        self.begin.checkpoints.close()
+        self.metrics.close()
+        self.progress.close()
+    return Outcome(self.begin.folder.path, step, interrupt.requested or reason)
+
+  def _updates(self, feed, interrupt: Interrupt) -> tuple[int, str]:
+    """Make all updates that are left; returns the step reached and the reason to end there."""
+    total, step = self.training.steps, self.first_step
+    if step != total and self._out_of_patience():
+      return step, 'early stop'
+    for index, batch in feed:
+      self._dispatch(index, batch)
+      step, saved = index + 1, True
+      if step % self.training.validate_every == 0 or step == total:
+        self._checkpoint(step, self._validate(step))
+        if step != total and self._out_of_patience():
+          return step, 'early stop'
+      elif step % self.training.checkpoint_every == 0:
+        self._checkpoint(step, None)
+      else:
+        saved = False
+      if interrupt.requested:
+        if not saved:
+          self._checkpoint(step, None, scheduled=False)
+        self.progress.note(f'{interrupt.requested}: saved step {step}; the same command resumes.')
+        return step, interrupt.requested
+    return step, 'finished'
 
   def _dispatch(self, index: int, batch) -> None:
     """Start one update; meanwhile read what the one before left behind."""
@@ -129,7 +130,7 @@ class _Loop:
     tokens = float(metrics.sums.tokens)
     loss, nll = float(metrics.sums.loss) / tokens, float(metrics.sums.nll) / tokens
     if not (math.isfinite(loss) and math.isfinite(float(metrics.grad_norm))):
-      raise TrainingDiverged(self._diverged(step, loss, float(metrics.grad_norm)))
+      raise self._diverged(step, f'loss {loss} and gradient norm {float(metrics.grad_norm)}')
     self.throughput.count(int(tokens))
     self.progress.advance(step)
     if step % self.training.log_every == 0 or step == self.training.steps:
@@ -140,19 +141,21 @@ class _Loop:
       }, {'tokens_per_second': rate.tokens_per_second})
       self.progress.report(step, loss, rate)
 
-  def _diverged(self, step: int, loss: float, grad_norm: float) -> str:
+  def _diverged(self, step: int, what: str) -> TrainingDiverged:
     self.begin.checkpoints.wait()
     saved = self.begin.checkpoints.steps()
     good = f'The last good checkpoint is step {saved[-1]} in {self.begin.checkpoints.folder}' if saved else (
         'No checkpoint was saved yet')
-    return (f'Step {step} gave loss {loss} and gradient norm {grad_norm}. {good}; lower optimizer.learning_rate, '
-            'lengthen warmup_steps or set clip_norm.')
+    return TrainingDiverged(f'Step {step} gave {what}. {good}; lower optimizer.learning_rate, lengthen warmup_steps or '
+                            'set clip_norm.')
 
   def _validate(self, step: int) -> dict[str, float]:
     self._read_pending()
     self.throughput.pause()
-    figures, hypotheses = validate(self.begin.model, self.state.params, self.validation_batches, self.translator,
+    figures, hypotheses = validate(self.begin.model, self.state.params, self.begin.validation_batches, self.translator,
                                    self.decoded_pairs)
+    if not math.isfinite(figures['nll']):
+      raise self._diverged(step, f'a validation nll of {figures["nll"]}')
     self.metrics.validation(step, figures)
     write_samples(self.begin.folder.samples / f'{step:06d}.txt', self.decoded_pairs[:self.training.samples], hypotheses)
     self.throughput.go_on()
@@ -161,10 +164,17 @@ class _Loop:
     return figures
 
   def _checkpoint(self, step: int, validation: dict[str, float] | None, scheduled: bool = True) -> None:
-    self._read_pending()  # a state whose loss was NaN must not be saved
+    self._read_pending()  # a state whose loss was NaN must not be saved,
+    if not jax.device_get(_all_finite(self.state.params)):  # nor one that this update spoiled
+      raise self._diverged(step, 'weights that are not finite')
     self.metrics.flush()  # records first: a run never resumes from a step whose records are missing
     self.begin.checkpoints.save(step, self.state, {'layout': layout_of(self.state.params)}, validation,
                                 scheduled=scheduled)
 
   def _out_of_patience(self) -> bool:
     return out_of_patience(self.metrics.history('validation'), self.training.keep_best_by, self.training.patience)
+
+
+@jax.jit
+def _all_finite(params) -> jax.Array:
+  return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))

@@ -21,7 +21,7 @@ class Sums:
   loss: jax.Array
   """With label smoothing: what is minimised, nats."""
   nll: jax.Array
-  """Without: -log p(token), nats."""
+  """Without: -log p(token), nats; to be read, it carries no gradient."""
   correct: jax.Array
   """Tokens whose most probable prediction was right."""
   tokens: jax.Array
@@ -41,11 +41,12 @@ def token_sums(logits_BxTxV: jax.Array, labels_BxT: jax.Array, weights_BxT: jax.
   Args:
     logits_BxTxV: float32.
     labels_BxT: int32 ids.
-    weights_BxT: 1 for a token that counts, 0 for padding.
+    weights_BxT: 1 for a token that counts, 0 for padding, whose logits have no say, not even as NaN.
     smoothing: e.
   """
   loss_BxT, nll_BxT, hits_BxT = _losses(logits_BxTxV, labels_BxT, smoothing)
-  return Sums(*(jnp.sum(value * weights_BxT) for value in (loss_BxT, nll_BxT, hits_BxT, jnp.ones_like(loss_BxT))))
+  return Sums(*(jnp.sum(jnp.where(weights_BxT == 0, 0.0, value_BxT * weights_BxT))
+                for value_BxT in (loss_BxT, nll_BxT, hits_BxT, jnp.ones_like(loss_BxT))))
 
 
 def chunked_token_sums(unembed: Callable[[Any, jax.Array], jax.Array], params: Any, hidden_BxTxD: jax.Array,
@@ -109,7 +110,9 @@ def _losses_backward(smoothing, residuals, cotangents):
   V = logits_BxTxV.shape[-1]
   onehot_BxTxV = jax.lax.broadcasted_iota(labels_BxT.dtype, logits_BxTxV.shape, 2) == labels_BxT[..., None]
   q_BxTxV = jnp.where(onehot_BxTxV, 1.0 - smoothing + smoothing / V, smoothing / V)
-  return (jnp.exp(logits_BxTxV - lse_BxT[..., None]) - q_BxTxV) * cotangents[0][..., None], None
+  scale_BxTx1 = cotangents[0][..., None]
+  p_BxTxV = jnp.exp(logits_BxTxV - lse_BxT[..., None])
+  return jnp.where(scale_BxTx1 == 0, 0.0, (p_BxTxV - q_BxTxV) * scale_BxTx1), None
 
 
 _losses.defvjp(_losses_forward, _losses_backward)

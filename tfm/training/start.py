@@ -11,14 +11,14 @@ from typing import Any
 
 import jax
 
-from tfm.config import Config, ConfigError
+from tfm.config import Config, ConfigError, require
 from tfm.models.build import build_model, count_parameters, initialize
 from tfm.models.layout import to_layout
 from tfm.models.transformer import EncoderDecoder
-from tfm.text.batches import Batches
+from tfm.text.batches import Batch, Batches, encode_pairs, evaluation_batches
 from tfm.text.corpora import Corpus
 from tfm.text.tokenizer import Tokenizers, train_tokenizers
-from tfm.training.checkpoints import Checkpoints, Damaged
+from tfm.training.checkpoints import CheckpointError, Checkpoints, Damaged
 from tfm.training.initialize import init_from
 from tfm.training.run_folder import RunFolder
 from tfm.training.step import TrainState, new_state
@@ -41,6 +41,7 @@ class Start:
   folder: RunFolder
   tokenizers: Tokenizers
   batches: Batches
+  validation_batches: list[Batch]
   model: EncoderDecoder
   state: TrainState
   checkpoints: Checkpoints
@@ -52,7 +53,8 @@ def start(config: Config, corpus: Corpus, run: str, init_run: str | None) -> Sta
   """Begin the run in folder `run`, or resume it where it is one already.
 
   Raises:
-    ConfigError: the folder holds a run of another config, or `init_run` is given for a run that exists.
+    ConfigError: the folder holds a run of another config or is beyond `training.steps`, `init_run` is given for a run
+      that exists, or the validation set does not go with the config. Nothing was written.
   """
   folder = RunFolder(run)
   exists = folder.is_run()
@@ -63,30 +65,48 @@ def start(config: Config, corpus: Corpus, run: str, init_run: str | None) -> Sta
     tokenizers = train_tokenizers(config.tokenizer, corpus.tokenizer_texts())
   batches = Batches(corpus, tokenizers, config.data, config.training.seed,
                     rows_multiple=math.lcm(ROWS_MULTIPLE, config.training.accumulate))
-  # Only now that config, data and tokenizers are known to go together is anything written.
-  if exists:
-    folder.write_config(config)
-  else:
-    folder.create(config, tokenizers)
+  validation_batches = _validation_batches(config, corpus, tokenizers, batches)
   model = build_model(config.model, tokenizers.source.vocab_size, tokenizers.target.vocab_size)
   training = config.training
   checkpoints = Checkpoints(folder.checkpoints, training.keep_last, training.keep_best, training.keep_best_by,
                             BETTER_IS_LOWER[training.keep_best_by])
   abstract = jax.eval_shape(partial(_fresh_state, config, model))
+  if init_run is not None and checkpoints.steps():
+    raise ConfigError(f'{folder.path} is a run at step {checkpoints.steps()[-1]} already, so --init-from would have no '
+                      'effect; leave it out to resume, or choose another --run.')
   restored = _restore(checkpoints, config, model, abstract)
   if restored is not None:
     state, step = restored
+    require(step <= training.steps, f'{folder.path} is at step {step}, beyond training.steps={training.steps}; '
+                                    'raise training.steps.')
     sentence = f'Resuming {folder.path} at step {step} of {training.steps}'
   else:
     state, sentence = _fresh_state(config, model), f'Starting {folder.path}'
     if init_run is not None:
       params, report = init_from(init_run, state.params, tokenizers)
       state, sentence = new_state(config, model, params), f'{sentence} from the weights of {init_run}: {report}'
-  if init_run is not None and restored is not None:
-    raise ConfigError(f'{folder.path} is a run at step {step} already, so --init-from would have no effect; '
-                      'leave it out to resume, or choose another --run.')
-  return Start(folder, tokenizers, batches, model, state, checkpoints,
+  # Only now that all of it is known to go together is anything written.
+  if exists:
+    folder.write_config(config)
+  else:
+    folder.create(config, tokenizers)
+  return Start(folder, tokenizers, batches, validation_batches, model, state, checkpoints,
                f'{sentence}: {count_parameters(state.params):,} parameters.')
+
+
+def _validation_batches(config: Config, corpus: Corpus, tokenizers: Tokenizers, batches: Batches) -> list[Batch]:
+  """The validation set; what could not be read or translated must show now, not at the first validation."""
+  pairs = encode_pairs(tokenizers, corpus.validation())
+  found = evaluation_batches(pairs, config.data, batches.shapes)
+  table, refused = config.model.max_positions, config.decoding.max_source_length
+  widest = max(max(batch.source_BxS.shape[1], batch.target_BxT.shape[1] - 1) for batch in found)
+  require(table is None or widest <= table,
+          f'The validation set has sentences of up to {widest} tokens, but model.max_positions is {table}; raise it or '
+          'take them out.')
+  longest = pairs.source.lengths[:config.training.validation_sentences].max()
+  require(refused is None or longest <= refused,
+          f'A validation sentence has {longest} tokens, above decoding.max_source_length={refused}; raise it.')
+  return found
 
 
 def _fresh_state(config: Config, model: EncoderDecoder) -> TrainState:
@@ -98,23 +118,31 @@ def _restore(checkpoints, config, model, abstract) -> tuple[TrainState, int] | N
   """The newest intact state in the layout of `config`, whichever layout it was saved in."""
   if not checkpoints.steps():
     return None
-  layout, other = ('scanned', 'unrolled') if config.model.scan_layers else ('unrolled', 'scanned')
-  if _newest_layout(checkpoints, default=layout) == layout:
-    state, meta = checkpoints.restore_latest(abstract)
-    return state, meta['step']
-  convert = partial(_convert_state, layout=layout)
-  state, meta = checkpoints.restore_latest(jax.eval_shape(partial(_convert_state, layout=other), abstract))
-  log.warning('The checkpoint is %s and the config asks for %s layers; converted.', other, layout)
-  return jax.jit(convert)(state), meta['step']
+  layout = 'scanned' if config.model.scan_layers else 'unrolled'
+  layouts = _layouts(checkpoints) or [layout]
+  for found in layouts:
+    try:
+      state, meta = checkpoints.restore_latest(jax.eval_shape(partial(_convert_state, layout=found), abstract))
+    except CheckpointError:
+      # The steps of the newest layout may all be damaged, and the newest intact one of the other.
+      if found == layouts[-1]:
+        raise
+      continue
+    if found == layout:
+      return state, meta['step']
+    log.warning('The checkpoint is %s and the config asks for %s layers; converted.', found, layout)
+    return jax.jit(partial(_convert_state, layout=layout))(state), meta['step']
 
 
-def _newest_layout(checkpoints: Checkpoints, default: str) -> str:
+def _layouts(checkpoints: Checkpoints) -> list[str]:
+  """The layouts of all steps, that of the newest first."""
+  found = []
   for step in reversed(checkpoints.steps()):
     try:
-      return checkpoints.read_meta(step)['layout']
+      found.append(checkpoints.read_meta(step)['layout'])
     except Damaged:  # said when the state is restored
       continue
-  return default
+  return list(dict.fromkeys(found))
 
 
 def _convert_state(state: TrainState, layout) -> TrainState:
