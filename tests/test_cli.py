@@ -57,6 +57,7 @@ def shell(monkeypatch, capsys):
   def run(command, stdin: bytes | io.TextIOBase = b'') -> Ended:
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin)) if isinstance(stdin, bytes) else stdin)
     monkeypatch.setenv('COLUMNS', '100')
+    monkeypatch.setattr('tfm.training.compilation_cache.use_compilation_cache', lambda: None)  # it is for the process
     capsys.readouterr()
     code = 0
     try:
@@ -91,7 +92,6 @@ def train(shell, monkeypatch, tmp_path):
     return Outcome(Path(run), 0, 'SIGTERM')
 
   monkeypatch.setattr('tfm.training.loop.train', stop)
-  monkeypatch.setattr('tfm.training.compilation_cache.use_compilation_cache', lambda: None)
   recipe = tmp_path / 'recipe.py'
   recipe.write_text('"""A recipe of nothing special."""\nfrom tfm.config import Config\nconfig = Config()\n')
 
@@ -167,6 +167,16 @@ def test_samples_do_not_depend_on_the_chunks(use, numbers_run):
   assert len({line.split('\t')[1] for line in whole.lines}) > 2, 'equal lines draw for themselves'
 
 
+def test_the_checkpoint_can_be_chosen(use, numbers_run):
+  text = '\n'.join(LONG).encode()
+  for step in ('20', 'best'):
+    chosen = tfm.load(numbers_run, 'best' if step == 'best' else int(step)).translate(LONG)
+    assert use('translate', numbers_run, '--step', step, stdin=text).lines == [found.text for found in chosen]
+  assert use('translate', numbers_run, '--step', '20', stdin=text).out != use('translate', numbers_run, stdin=text).out
+  assert_one_sentence(use('translate', numbers_run, '--step', '30'), 'no step 30; there are 20, 40, 60')
+  assert use('translate', numbers_run, '--step', 'worst').code == 2
+
+
 def test_a_bad_line_is_named(use, numbers_run, tmp_path):
   assert_one_sentence(use('translate', numbers_run, stdin=b'six\n\nt\xffwo\nten'),
                       r'Line 3 of standard input is not UTF-8 \(byte 2\)')
@@ -176,7 +186,7 @@ def test_a_bad_line_is_named(use, numbers_run, tmp_path):
 
 def test_an_over_long_line_is_named_by_its_number_in_the_whole_text(use, numbers_run, translator, monkeypatch):
   strict = translator.with_decoding(max_source_length=10)
-  monkeypatch.setattr('tfm.pipeline.load', lambda run: strict)
+  monkeypatch.setattr('tfm.pipeline.load', lambda run, step=None: strict)
   ended = use('translate', numbers_run, '--chunk', '2', stdin=b'\n\n\n\nseventy-seven\n')
   assert_one_sentence(ended, 'Sentence 5 has 14 tokens')
   assert ended.out == '\n' * 4, 'what could be translated before it was'
@@ -225,7 +235,7 @@ def test_a_reader_that_has_gone_ends_it_quietly(use, numbers_run, monkeypatch):
 
 
 def test_control_c_ends_it_quietly(use, numbers_run, monkeypatch):
-  def interrupted(run):
+  def interrupted(run, step=None):
     raise KeyboardInterrupt
 
   monkeypatch.setattr('tfm.pipeline.load', interrupted)
@@ -255,11 +265,12 @@ def test_folders_that_are_no_run_are_one_sentence(use, tmp_path):
     assert_one_sentence(use(*command, tmp_path), 'is not a run')
 
 
-def test_a_process_of_its_own(numbers_run, translator):
+def test_a_process_of_its_own(numbers_run, tmp_path):
   """Text is UTF-8 on both ends whatever the locale; an error is one line and no traceback."""
   def tfm_process(*arguments):
     return subprocess.run([sys.executable, '-c', 'from tfm.cli import main; main()', *map(str, arguments)],
-                          input=b'\n\n', capture_output=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+                          input=b'\n\n', capture_output=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii',
+                                                                                  'XDG_CACHE_HOME': str(tmp_path)})
 
   found = tfm_process('translate', numbers_run)
   assert (found.returncode, found.stdout, found.stderr) == (0, b'\n\n', b'')
@@ -272,7 +283,7 @@ def test_output_is_utf_8_whatever_the_locale(use, numbers_run, translator, monke
   written = io.BytesIO()
   monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, encoding='ascii'))
   monkeypatch.setattr(translator.tokenizers.target, 'decode', lambda ids: 'fünf \n drei')
-  monkeypatch.setattr('tfm.pipeline.load', lambda run: translator)
+  monkeypatch.setattr('tfm.pipeline.load', lambda run, step=None: translator)
   assert use('translate', numbers_run, stdin=b'forty-two').code == 0
   sys.stdout.flush()
   assert written.getvalue().decode() == 'fünf   drei\n', 'a line feed in a translation must not make a line'
@@ -499,13 +510,12 @@ def test_a_recipe_that_cannot_be_used(name, content, sentence, train, tmp_path):
   assert_one_sentence(ended, sentence)
 
 
-def test_training_ends_with_a_report(shell, numbers_run, tmp_path, monkeypatch, caplog):
+def test_training_ends_with_a_report(shell, numbers_run, tmp_path, caplog):
   """A run that has reached its last step: resumed, there is nothing left to do but to report."""
   run = Path(shutil.copytree(numbers_run, tmp_path / 'run'))
   recipe = tmp_path / 'again.py'
   recipe.write_text('from tfm.training.run_folder import RunFolder\n'
                     f'config = RunFolder({str(run)!r}).read_config()\n')
-  monkeypatch.setattr('tfm.training.compilation_cache.use_compilation_cache', lambda: None)
   with caplog.at_level(logging.INFO, logger='tfm'):
     ended = shell(lambda: cli.train_main(recipe, ['--run', str(run)]))
   assert ended.code == 0

@@ -28,9 +28,9 @@ def test_every_token_labels_its_row_or_column(translation, tmp_path):
   assert (tmp_path / 'attention.png').read_bytes().startswith(b'\x89PNG')
   axes = figure.axes[0]
   assert labels(axes.xaxis) == SOURCE and labels(axes.yaxis) == TARGET
-  assert translation.source in axes.get_xlabel()
-  shown = [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label]
-  assert not any(text.get_parse_math() for text in shown), 'text of a sentence is never a formula'
+  assert translation.source in figure.get_supxlabel()
+  shown = [*axes.get_xticklabels(), *axes.get_yticklabels(), *figure.texts]
+  assert not any('$' in text.get_text() and text.get_parse_math() for text in shown), 'never a formula'
 
 
 def test_rows_are_target_tokens_and_columns_source_tokens(translation):
@@ -41,8 +41,8 @@ def test_rows_are_target_tokens_and_columns_source_tokens(translation):
 
   np.testing.assert_allclose(drawn(), pattern_NxHxTxS[1].mean(0), rtol=1e-6)
   np.testing.assert_array_equal(drawn(layer=0, head=2), pattern_NxHxTxS[0, 2])
-  assert 'layer 1 of 2, head 2' in plot_alignment(translation, layer=0, head=2).axes[0].get_title()
-  assert 'layer 2 of 2, mean of the heads' in plot_alignment(translation).axes[0].get_title()
+  assert 'layer 1 of 2, head 2' in plot_alignment(translation, layer=0, head=2).get_suptitle()
+  assert 'layer 2 of 2, mean of the heads' in plot_alignment(translation).get_suptitle()
   with pytest.raises(IndexError):
     plot_alignment(translation, layer=2)
 
@@ -63,6 +63,7 @@ def test_titles_and_labels_stay_inside_the_picture(tokens):
   figure = plot_alignment(Translation(source, tokens, [Hypothesis('', tokens, -1.0, -1.0, True, pattern)]))
   figure.draw_without_rendering()
   axes = figure.axes[0]
-  for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
+  assert len(figure.texts) == 2
+  for text in (*figure.texts, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
     box = text.get_window_extent()
     assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -95,13 +96,14 @@ def test_the_mask_does_not_depend_on_compilation():
 
 
 SHARDED = """
+import hashlib
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tfm.config import TransformerConfig
 from tfm.models.build import build_model, initialize
-from tfm.models.dropout import dropout
+from tfm.models.dropout import dropout, keep_mask
 
 assert len(jax.devices()) == 8
 mesh = jax.make_mesh((4, 2), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
@@ -125,6 +127,7 @@ many = forward(params, jax.device_put(ids, NamedSharding(mesh, P('data'))), key)
 assert len(many.sharding.device_set) == 8
 np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5)
 assert np.abs(one - forward(params, ids, jax.random.key(8))).max() > 1
+print(hashlib.sha256(np.asarray(keep_mask(key, (33, 7), 0.3)).tobytes()).hexdigest())
 """
 
 
@@ -133,3 +136,5 @@ def test_masks_do_not_depend_on_the_number_of_devices():
   environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
   done = subprocess.run([sys.executable, '-c', SHARDED], env=environment, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr
+  # A process with one device draws the same mask as one with eight.
+  assert done.stdout.strip() == hashlib.sha256(mask(jax.random.key(7), 0.3, (33, 7)).tobytes()).hexdigest()

@@ -45,10 +45,10 @@ def plot_alignment(translation: Translation, layer: int = -1, head: int | None =
   axes.xaxis.tick_top()
   axes.tick_params(length=0)
   # Ten characters an inch. (Matplotlib's own wrapping would parse formulas.)
-  axes.set_xlabel(textwrap.fill(f'source: {translation.source}', int(10 * width)), parse_math=False)
+  figure.supxlabel(textwrap.fill(f'source: {translation.source}', int(10 * width)), fontsize=10, parse_math=False)
   axes.set_ylabel('written token')
   which = 'mean of the heads' if head is None else f'head {head}'
-  axes.set_title(f'cross-attention, layer {range(len(translation.attention))[layer] + 1} of '
-                 f'{len(translation.attention)}, {which}', fontsize=10)
+  figure.suptitle(f'cross-attention, layer {range(len(translation.attention))[layer] + 1} of '
+                  f'{len(translation.attention)}, {which}', fontsize=10)
   figure.colorbar(image, ax=axes, shrink=0.8, format=matplotlib.ticker.PercentFormatter(1.0, decimals=0))
   return figure
