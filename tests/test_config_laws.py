@@ -1,4 +1,4 @@
-"""Every leaf of the config changes something: the initialisation, the step's program, the data, decoding, or the loop."""
+"""Every leaf of the config changes something: initialisation, the step's program, data, decoding, or the loop."""
 
 import contextlib
 import dataclasses
@@ -63,7 +63,8 @@ LEAVES = {
     'training.log_every': (1, 'loop'), 'training.validate_every': (4, 'loop'),
     'training.validation_sentences': (2, 'loop'), 'training.patience': (1, 'loop'),
     'training.checkpoint_every': (2, 'loop'), 'training.keep_last': (3, 'loop'), 'training.keep_best': (0, 'loop'),
-    'training.keep_best_by': ('chrf', 'loop'), 'training.samples': (1, 'loop'), 'training.reuse_memory': (False, 'loop'),
+    'training.keep_best_by': ('chrf', 'loop'), 'training.samples': (1, 'loop'),
+    'training.reuse_memory': (False, 'loop'),
     'decoding.beam_size': (3, 'decoding'), 'decoding.length_penalty': (2.0, 'decoding'),
     'decoding.length_penalty_form': ('power', 'decoding'), 'decoding.stop': ('full', 'decoding'),
     'decoding.extra_length': (8, 'decoding'), 'decoding.max_source_length': (3, 'decoding'),
