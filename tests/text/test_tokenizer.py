@@ -9,12 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tfm.config import TokenizerConfig
+from tfm.special_ids import BOS, EOS, PAD, UNK
 from tfm.text import tokenizer as module
 from tfm.text.tokenizer import (
-  BOS,
-  EOS,
-  PAD,
-  UNK,
   SubwordTokenizer,
   Tokenizer,
   TokenizerError,
