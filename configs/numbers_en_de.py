@@ -1,6 +1,9 @@
-"""Numbers in words, English to German: the embedded corpus, two minutes on two CPU cores.
+"""Numbers in words, English to German: the embedded corpus.
 
     python train.py
+
+Two CPU cores: 2.5 minutes, compilation, validation and test included. Exact match on 1,000 held-out numbers below one
+million: 100.0 % (99.8 % after 200 steps). Other languages: --data.target fr, ja, ... (any of num2words).
 """
 
 from tfm.config import (

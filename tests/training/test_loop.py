@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,13 +70,12 @@ def test_killed_before_the_first_checkpoint_it_starts_again(undisturbed, tiny, s
   same_bytes(tmp_path / 'run', undisturbed(tiny()))
 
 
-def test_a_finished_run_is_left_as_it_is(finished, undisturbed, tiny, same_bytes, at_step, caplog):
+def test_a_finished_run_is_left_as_it_is(finished, undisturbed, tiny, same_bytes, at_step, capsys):
   for step in range(1, 8):
     at_step(step, must_not_train)
-  with caplog.at_level(logging.INFO, 'tfm'):
-    outcome = train(tiny(), finished)
+  outcome = train(tiny(), finished)
   assert (outcome.step, outcome.reason) == (6, 'finished')
-  assert f'Resuming {finished} at step 6 of 6' in caplog.text
+  assert f'Resuming {finished} at step 6 of 6' in capsys.readouterr().err
   same_bytes(finished, undisturbed(tiny()))
 
 

@@ -58,9 +58,8 @@ def train(config: Config, run: str, init_run: str | None = None) -> Outcome:
     log.info('On this CPU %s.', reuse_freed_memory())
   corpus = build_corpus(config.data)
   begin = start(config, corpus, run, init_run)
-  log.info('%s', begin.sentence)
-  log.info('%s: %s', corpus.describe(), begin.batches.report())
-  return _Loop(config, begin, corpus.validation()).run()
+  opening = [begin.sentence, f'{corpus.describe()}: {begin.batches.report()}']
+  return _Loop(config, begin, corpus.validation()).run(opening)
 
 
 class _Loop:
@@ -75,10 +74,13 @@ class _Loop:
     self.decoded_pairs = validation_pairs[:self.training.validation_sentences]
     self.pending: tuple[int, StepMetrics] | None = None
 
-  def run(self) -> Outcome:
+  def run(self, opening: list[str]) -> Outcome:
+    """Say the opening sentences and train; they go where the progress goes, so that notebooks see them too."""
     total = self.training.steps
     self.metrics = MetricsLog(self.begin.folder.path, self.first_step)
     self.throughput, self.progress = Throughput(total, self.first_step), Progress(total, self.first_step)
+    for sentence in opening:
+      self.progress.note(sentence)
     feed = prefetch(self.begin.batches, self.first_step, total)
     with Interrupt() as interrupt:  # around the end too: the last save is still being written there
       try:
