@@ -9,8 +9,7 @@ three ways, rate 0.005 after 2,000 steps of warm-up, 8,000 updates, average of t
 batches have 4,096 tokens instead of 2 x 4,096, and text stays cased and untokenised (lower-casing and Moses tokens are
 for scoring only).
 
-Not run here yet; two CPU cores make about 5,000 target tokens a second, so the 8,000 updates take about an hour and a
-half.
+Not run here yet; two CPU cores need some two hours for the 8,000 updates.
 """
 
 from tfm.config import (
