@@ -9,8 +9,8 @@ three ways, rate 0.005 after 2,000 steps of warm-up, 8,000 updates, average of t
 batches have 4,096 tokens instead of 2 x 4,096, and text stays cased and untokenised (lower-casing and Moses tokens are
 for scoring only).
 
-Published: 41.02 BLEU on test 2016 (lower-cased, tokenised). Here 2,000 updates so far, the end of the warm-up: validation
-nll 3.11, BLEU 12.2 on 200 sentences. Two CPU cores need some two hours for all.
+Published: 41.02 BLEU on test 2016 (lower-cased, tokenised). Here 2,000 updates so far, the end of the warm-up:
+validation nll 3.11, BLEU 12.2 on 200 sentences. Two CPU cores need some two hours for all.
 """
 
 from tfm.config import (

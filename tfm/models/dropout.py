@@ -1,9 +1,10 @@
 """Dropout (Srivastava et al. 2014) from a counter-based hash.
 
-On CPU the random bits of JAX's default generator (threefry, 20 rounds) lengthen a training step by 12 %, those of rbg
-by 25 %, those made here by 2 % (`benchmarks/results/dropout_cpu.json`). A dropout mask needs little: each element's bits
-are an integer hash of its index and the key, which XLA fuses into the multiplication it serves. The mask is a function of (key, shape) alone, so it is the same on
-every platform, under any sharding and on any number of devices.
+On CPU the random bits of JAX's default generator (threefry, 20 rounds) lengthen a training step by 12 %, those of
+rbg by 25 %, those made here by 2 % (`benchmarks/results/dropout_cpu.json`). A dropout mask needs little: each
+element's bits are an integer hash of its index and the key, which XLA fuses into the multiplication it serves. The
+mask is a function of (key, shape) alone, so it is the same on every platform, under any sharding and on any number of
+devices.
 """
 
 from __future__ import annotations
