@@ -78,3 +78,13 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction():
 def test_clipping_leaves_a_smaller_gradient_alone():
   given = gradients(3, scale=0.01)
   assert_close(updates(given, clip_norm=5.0), updates(given), rtol=0)
+
+
+def test_adam_sees_the_clipped_gradients():
+  """Clipping its updates instead would leave the moments to one huge gradient."""
+  huge, usual = gradients(2, scale=100.0)
+  usual = jax.tree.map(lambda g: g / 1000.0, usual)
+  norm = float(optax.tree.norm(huge))
+  clipped = jax.tree.map(lambda g: g * 2.0 / norm, huge)
+  expected = adam([clipped, usual], [0.01] * 2, 0.9, 0.98, 1e-9)
+  assert_close(updates([huge, usual], clip_norm=2.0), expected, rtol=1e-4)
