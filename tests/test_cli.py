@@ -519,7 +519,7 @@ def test_training_ends_with_a_report(shell, numbers_run, tmp_path, caplog):
   with caplog.at_level(logging.INFO, logger='tfm'):
     ended = shell(lambda: cli.train_main(recipe, ['--run', str(run)]))
   assert ended.code == 0
-  assert 'at step 60 of 60' in caplog.text and 'Training ended at step 60 (finished)' in caplog.text
+  assert 'at step 60 of 60' in ended.err and 'Training ended at step 60 (finished)' in caplog.text
   assert re.search(r'Test set, 10 sentences, beam 1:\n  exact match [\d.]+ %\n', ended.out)
   assert re.search(r'  chrF2 [\d.]+ \+- [\d.]+  nrefs:1', ended.out)
   pairs = build_corpus(RunFolder(run).read_config().data).test()
