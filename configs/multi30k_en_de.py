@@ -24,12 +24,13 @@ from tfm.config import (
 )
 
 config = Config(
-    model=TransformerConfig(encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, dropout=0.3),
+    model=TransformerConfig(encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, norm='pre',
+                            dropout=0.3),
     tokenizer=TokenizerConfig(kind='bpe', vocab_size=10_000),
     data=DataConfig(corpus='files', source='en', target='de', root='../shared/data/multi30k', train='train',
                     validation='val', test='test_2016_flickr', limit=None, held_out=None, tokens_per_batch=4096,
-                    buckets=6, max_length=128),
-    optimizer=OptimizerConfig(schedule='rsqrt', learning_rate=5e-3, warmup_steps=2000),
-    training=TrainingConfig(steps=8000, log_every=100, validate_every=400, checkpoint_every=200, keep_last=10),
+                    buckets=10, max_length=128),
+    optimizer=OptimizerConfig(schedule='linear', learning_rate=5e-3, warmup_steps=1000),
+    training=TrainingConfig(steps=10_000, log_every=100, validate_every=1000, checkpoint_every=200, keep_last=10),
     decoding=DecodingConfig(beam_size=5, length_penalty=0.6),
 )

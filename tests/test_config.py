@@ -16,6 +16,7 @@ from tfm.config import (
   ConfigError,
   DataConfig,
   DecodingConfig,
+  MeshConfig,
   OptimizerConfig,
   TokenizerConfig,
   TrainingConfig,
@@ -48,8 +49,10 @@ def several(section, values, sentence):
 
 
 RULES = [
-    *positive(TransformerConfig, 'encoder_layers', 'decoder_layers', 'd_model', 'd_ff', 'num_heads'),
+    *positive(TransformerConfig, 'encoder_layers', 'decoder_layers', 'd_model', 'd_ff', 'num_heads', 'vocab_multiple'),
     *fractions(TransformerConfig, 'dropout', 'attention_dropout', 'activation_dropout'),
+    (TransformerConfig, dict(attention_dropout=0.1, attention_backend='blockwise'),
+     "attention_backend='blockwise' never holds the pattern that attention_dropout 0.1 would drop from"),
     (TransformerConfig, dict(norm_epsilon=0.0), 'norm_epsilon is 0.0; give a number above 0'),
     *several(TransformerConfig, [dict(d_model=10, num_heads=4), dict(d_model=10, num_heads=4, d_k=3),
                                  dict(d_model=10, num_heads=4, d_v=3)],
@@ -65,7 +68,7 @@ RULES = [
     *several(TokenizerConfig, [dict(vocab_size=260), dict(kind='char', vocab_size=None)],
              'needs vocab_size above 260'),
 
-    *positive(DataConfig, 'tokens_per_batch', 'buckets', 'max_length'),
+    *positive(DataConfig, 'tokens_per_batch', 'buckets', 'max_length', 'rows_multiple', 'width_multiple'),
     (DataConfig, dict(source='de'), "data.source and data.target are both 'de'; give two languages"),
     *[(DataConfig, {name: 'x'}, f"data.{name} needs data.corpus='files'; with 'numbers' leave it out")
       for name in ('root', 'train', 'validation', 'test')],
@@ -97,10 +100,21 @@ RULES = [
     (TrainingConfig, dict(samples=3, validation_sentences=2),
      'training.samples 3 exceeds validation_sentences 2; lower it'),
 
+    *[(MeshConfig, {name: 0}, f'mesh.{name} is 0; give a number of devices, or -1 for the rest')
+      for name in ('fsdp', 'tensor', 'context')],
+    (MeshConfig, dict(tensor=-1), 'mesh.data and mesh.tensor are both -1; only one axis can take the rest'),
+    (MeshConfig, dict(compiler='pmap', fsdp=2), "mesh.compiler='pmap' knows the data axis alone"),
+
     *positive(DecodingConfig, 'beam_size', 'extra_length', 'batch_tokens'),
     (DecodingConfig, dict(length_penalty=-0.1), 'decoding.length_penalty is -0.1; give 0 or more'),
     (DecodingConfig, dict(max_source_length=0), 'decoding.max_source_length is 0; give > 0 or None'),
 
+    (Config, dict(mesh=MeshConfig(context=2)),
+     'mesh.context=2 cuts every sequence into 4 equal parts; set data.width_multiple to a multiple of that, not 2'),
+    (Config, dict(mesh=MeshConfig(context=2), data=DataConfig(width_multiple=4, max_length=30)),
+     'data.max_length 30 is not a multiple of data.width_multiple 4'),
+    (Config, dict(training=TrainingConfig(accumulate=3)),
+     'training.accumulate 3 does not divide data.rows_multiple 8; change one'),
     (Config, dict(tokenizer=TokenizerConfig(joint=False)),
      "model.tying='all'.*tokenizer.joint is False; set tokenizer.joint=True or model.tying='target'"),
     (Config, dict(model=TransformerConfig(positions='learned', max_positions=255)),

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import logging
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,14 @@ from tfm.config import (
     Config,
     DataConfig,
     DecodingConfig,
+    MeshConfig,
     OptimizerConfig,
     TokenizerConfig,
     TrainingConfig,
     TransformerConfig,
 )
 from tfm.models.build import build_model, initialize
+from tfm.parallel.mesh import mesh_sizes
 from tfm.special_ids import EOS
 from tfm.text.batches import Batches
 from tfm.text.corpora import build_corpus
@@ -48,13 +51,16 @@ LEAVES = {
     'model.max_positions': (128, 'init'), 'model.tying': ('none', 'init'), 'model.scale_embeddings': (False, 'step'),
     'model.dropout': (0.2, 'step'), 'model.attention_dropout': (0.2, 'step'),
     'model.activation_dropout': (0.2, 'step'), 'model.dtype': ('bfloat16', 'step'),
-    'model.scan_layers': (True, 'init'), 'model.remat': ('dots', 'step'),
+    'model.attention_backend': ('blockwise', 'step'),
+    'model.vocab_multiple': (7, 'init'), 'model.scan_layers': (True, 'init'), 'model.remat': ('dots', 'step'),
     'tokenizer.kind': ('word', 'data'), 'tokenizer.vocab_size': (262, 'data'), 'tokenizer.joint': (False, 'data'),
     'data.corpus': ('files', 'data'), 'data.source': ('fr', 'data'), 'data.target': ('es', 'data'),
     'data.limit': (500, 'data'), 'data.held_out': (30, 'data'), 'data.root': ('other', 'data'),
     'data.train': ('val', 'data'), 'data.validation': ('train', 'data'), 'data.test': ('train', 'data'),
     'data.tokens_per_batch': (1024, 'data'), 'data.buckets': (3, 'data'), 'data.max_length': (30, 'data'),
-    'data.over_long': ('truncate', 'data'),
+    'data.over_long': ('truncate', 'data'), 'data.rows_multiple': (64, 'loop'), 'data.width_multiple': (16, 'data'),
+    'mesh.data': (2, 'mesh'), 'mesh.fsdp': (2, 'mesh'), 'mesh.tensor': (2, 'mesh'), 'mesh.context': (2, 'mesh'),
+    'mesh.compiler': ('pmap', 'mesh'),
     'optimizer.schedule': ('linear', 'step'), 'optimizer.learning_rate': (2.0, 'step'),
     'optimizer.warmup_steps': (8, 'step'), 'optimizer.b1': (0.8, 'step'), 'optimizer.b2': (0.9, 'step'),
     'optimizer.epsilon': (1e-6, 'step'), 'optimizer.clip_norm': (1.0, 'step'),
@@ -85,6 +91,7 @@ CONTEXT = {
 ALONG = {
     'model.positions': {'model.max_positions': 64},
     'data.corpus': {f'data.{name}': value for name, value in FILES.items()},
+    'mesh.data': {'mesh.fsdp': 4}, 'mesh.context': {'data.width_multiple': 4},
 }
 
 
@@ -121,7 +128,7 @@ def test_the_leaf_changes_something(name, tmp_path, monkeypatch):
   assert seen(where, other, tmp_path / 'two', monkeypatch) != before
 
 
-@pytest.mark.parametrize('where', ['init', 'step', 'data', 'decoding', 'loop'])
+@pytest.mark.parametrize('where', ['init', 'step', 'data', 'decoding', 'loop', 'mesh'])
 def test_an_observation_is_reproducible(where, tmp_path, monkeypatch):
   """Without this, a leaf could pass because the observation is noise."""
   assert OBSERVERS[where](BASE, tmp_path / 'once', monkeypatch) == seen(where, BASE, tmp_path / 'again', monkeypatch)
@@ -221,5 +228,15 @@ def seen_in_loop(config, folder, monkeypatch):
                said.getvalue().replace(str(folder), '')))
 
 
+def seen_in_mesh(config, folder, monkeypatch):
+  """How eight devices are arranged, and which compiler the loop asks."""
+  for name in ('jit_step', 'pmap_step'):
+    monkeypatch.setattr(tfm.training.loop, name, mock.Mock(side_effect=InterruptedError(name)))
+  alone = dataclasses.replace(config, mesh=MeshConfig(compiler=config.mesh.compiler))  # there is one device here
+  with pytest.raises(InterruptedError) as asked:
+    tfm.training.loop.train(alone, str(folder / 'run'))
+  return repr((mesh_sizes(config.mesh, 8), str(asked.value)))
+
+
 OBSERVERS = {'init': seen_in_init, 'step': seen_in_step, 'data': seen_in_data, 'decoding': seen_in_decoding,
-             'loop': seen_in_loop}
+             'loop': seen_in_loop, 'mesh': seen_in_mesh}

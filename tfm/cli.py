@@ -1,4 +1,4 @@
-"""The command line: `train.py`, and `tfm translate | evaluate | average`."""
+"""The command line: `train.py`, and `tfm translate | evaluate | average | plan`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
@@ -17,14 +17,15 @@ import tyro
 
 from tfm.config import Config, ConfigError
 from tfm.errors import UserError
+from tfm.parallel.distributed import Distributed, leave_at_once
 
 log = logging.getLogger('tfm')
 
 
 def main() -> None:
-  """`tfm`: use a trained run."""
-  commands = {'translate': translate, 'evaluate': evaluate, 'average': average}
-  _run(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog='tfm', description='Use trained runs.'))
+  """`tfm`: use a trained run, or plan one."""
+  commands = {'translate': translate, 'evaluate': evaluate, 'average': average, 'plan': plan}
+  _run(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog='tfm', description='Use and plan runs.'))
 
 
 def _run(command: Callable[[], None]) -> None:
@@ -55,6 +56,7 @@ class TrainArguments:
   """Run folder; if it holds a run, training resumes. Default: runs/ and the name of the config."""
   init_from: str | None = None
   """Take the first weights (and nothing else) from this run."""
+  distributed: Distributed = field(default_factory=Distributed)
 
 
 def train_main(default_config: Path, arguments: list[str] | None = None) -> None:
@@ -73,13 +75,18 @@ def _train(path: Path, arguments: list[str]) -> None:
   from tfm.pipeline import load
   from tfm.text.corpora import build_corpus
   from tfm.training.compilation_cache import use_compilation_cache
-  from tfm.training.loop import train
+  from tfm.training.loop import PeerLost, train
   from tfm.training.report import picture, test_report
   use_compilation_cache()
+  given.distributed.initialize()
   run = given.run or str(Path('runs') / path.stem)
-  outcome = train(given.config, run, given.init_from)
+  try:
+    outcome = train(given.config, run, given.init_from)
+  except PeerLost as error:
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    leave_at_once(1)
   log.info('Training ended at step %d (%s): %s', outcome.step, outcome.reason, outcome.folder)
-  if outcome.reason.startswith('SIG'):
+  if outcome.reason.startswith('SIG') or not outcome.reports:
     return
   pairs = build_corpus(given.config.data).test()
   if pairs is not None:
@@ -285,3 +292,30 @@ def average(
   if sum(choice is not None for choice in (last, best, steps)) != 1:
     raise UserError('Give exactly one of --last, --best and --steps.')
   print(average_run(run, last=last, best=best, steps=steps, output=output))
+
+
+def plan(
+    config: tyro.conf.Positional[Path],
+    /,
+    devices: int,
+    chip: str,
+    fsdp: int | None = None,
+    tensor: int | None = None,
+    context: int | None = None,
+    tokens_per_batch: int | None = None,
+) -> None:
+  """Will it fit, how fast, on which mesh: compiles the training step for chips that are not there (docs/plan.md).
+
+  Args:
+    config: Recipe, a Python file as for train.py.
+    devices: Chips in all.
+    chip: One of v5p, v6e, h100, h200, b200.
+    fsdp: Instead of the recipe's mesh.fsdp; with any of these three, mesh.data takes what they leave.
+    tensor: Instead of mesh.tensor.
+    context: Instead of mesh.context.
+    tokens_per_batch: Instead of data.tokens_per_batch.
+  """
+  from tfm.parallel.plan import plan as plan_of
+  from tfm.parallel.plan import with_mesh
+  recipe, _ = read_recipe(config)
+  print(plan_of(with_mesh(recipe, tokens_per_batch, fsdp=fsdp, tensor=tensor, context=context), devices, chip))

@@ -9,36 +9,13 @@ fields and the fix.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tfm.errors import UserError
+from tfm.section import ConfigError, Section, build, nearest, require
 
-
-class ConfigError(UserError):
-  """A configuration that cannot work; the message says which fields disagree and what to do."""
-
-
-def require(condition: bool, sentence: str) -> None:
-  if not condition:
-    raise ConfigError(sentence)
-
-
-class Section:
-  """A frozen dataclass that checks the type of every field, then its own rules (`check`), when it is built."""
-
-  def __post_init__(self):
-    hints = typing.get_type_hints(type(self))
-    for name, value in vars(self).copy().items():
-      object.__setattr__(self, name, _check_type(hints[name], value, f'{type(self).__name__}.{name}'))
-    self.check()
-
-  def check(self) -> None:
-    """Raise `ConfigError` where the fields do not go together."""
+__all__ = ['ConfigError', 'nearest', 'require']
 
 
 def require_fraction(name: str, value: float) -> None:
@@ -87,15 +64,22 @@ class TransformerConfig(Section):
   """Dropout on the attention pattern; not in the paper's text, common in toolkits."""
   activation_dropout: float = 0.0
   """Dropout after the ReLU; not in the paper's text, common in toolkits."""
+  attention_backend: Literal['auto', 'reference', 'blockwise', 'cudnn', 'pallas', 'ring', 'ulysses'] = 'auto'
+  """Kernel for whole sequences; 'auto' takes the first that can do what is asked and logs which, another name is an
+  error where it cannot. Steps of decoding, one token after cached ones, are always 'auto'."""
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   """Type of the computation; parameters, softmax, logits and loss are float32 always."""
+  vocab_multiple: int = 1
+  """Rows of the embedding tables are rounded up to a multiple of this, so that mesh.tensor divides them; the rows
+  beyond the vocabulary are never predicted."""
   scan_layers: bool = False
   """One compiled layer looped over stacked parameters (compiles faster) instead of N layers in a row."""
   remat: Literal['none', 'full', 'dots'] = 'none'
   """What the backward pass recomputes: nothing, everything in a layer, or all but the matrix products."""
 
   def check(self):
-    require_positive(self, 'encoder_layers', 'decoder_layers', 'd_model', 'd_ff', 'num_heads', 'norm_epsilon')
+    require_positive(self, 'encoder_layers', 'decoder_layers', 'd_model', 'd_ff', 'num_heads', 'norm_epsilon',
+                     'vocab_multiple')
     for name in ('dropout', 'attention_dropout', 'activation_dropout'):
       require_fraction(name, getattr(self, name))
     for name in ('d_k', 'd_v'):
@@ -103,6 +87,9 @@ class TransformerConfig(Section):
       require(width is not None or self.d_model % self.num_heads == 0,
               f'd_model {self.d_model} is not divisible by num_heads {self.num_heads}; change one or set d_k and d_v.')
       require(width is None or width > 0, f'{name} is {width}; give a number above 0 or None.')
+    require(self.attention_dropout == 0 or self.attention_backend in ('auto', 'reference'),
+            f"attention_backend='{self.attention_backend}' never holds the pattern that attention_dropout "
+            f"{self.attention_dropout} would drop from; set it to 'auto' or attention_dropout to 0.")
     require(self.positions != 'sinusoidal' or self.d_model % 2 == 0,
             f"positions='sinusoidal' pairs sines with cosines, so d_model must be even, not {self.d_model}.")
     require(self.positions != 'learned' or (self.max_positions or 0) > 0,
@@ -161,6 +148,10 @@ class DataConfig(Section):
   """files: the same for the test set; None leaves out the final test."""
   tokens_per_batch: int = 4096
   """Token budget of a batch: rows x width of its bucket, padding included, for the longer of the two sides."""
+  rows_multiple: int = 8
+  """Rows of every batch are a multiple of this; micro-batches x data x fsdp devices must divide it."""
+  width_multiple: int = 2
+  """Widths of every batch are a multiple of this; 2 x context devices must divide it."""
   buckets: int = 4
   """Number of static batch shapes (each is compiled once)."""
   max_length: int = 256
@@ -169,7 +160,7 @@ class DataConfig(Section):
   """What happens to longer training pairs; either way they are counted and reported."""
 
   def check(self):
-    require_positive(self, 'tokens_per_batch', 'buckets', 'max_length')
+    require_positive(self, 'tokens_per_batch', 'buckets', 'max_length', 'rows_multiple', 'width_multiple')
     require(self.source != self.target, f"data.source and data.target are both '{self.source}'; give two languages.")
     if self.corpus == 'numbers':
       for name in ('root', 'train', 'validation', 'test'):
@@ -187,6 +178,31 @@ class DataConfig(Section):
     require(self.max_length <= self.tokens_per_batch,
             f'data.max_length {self.max_length} exceeds data.tokens_per_batch {self.tokens_per_batch}: '
             'the longest sentence would not fit a batch; raise one or lower the other.')
+
+
+@dataclass(frozen=True)
+class MeshConfig(Section):
+  """How the devices are arranged; -1 on one axis means all that the others leave."""
+
+  data: int = -1
+  """Copies of the model, each with its own rows of the batch."""
+  fsdp: int = 1
+  """Likewise rows of the batch, and the parameters and their moments are sharded too (ZeRO-3)."""
+  tensor: int = 1
+  """Heads, feed-forward units and vocabulary are shared out (Megatron-LM)."""
+  context: int = 1
+  """Every sequence is cut into so many parts (ring attention)."""
+  compiler: Literal['jit', 'pmap'] = 'jit'
+  """'jit' over the mesh; 'pmap': the classic front for data parallelism, of one process, over the same step."""
+
+  def check(self):
+    sizes = {name: getattr(self, name) for name in ('data', 'fsdp', 'tensor', 'context')}
+    for name, size in sizes.items():
+      require(size > 0 or size == -1, f'mesh.{name} is {size}; give a number of devices, or -1 for the rest.')
+    rest = [f'mesh.{name}' for name, size in sizes.items() if size == -1]
+    require(len(rest) < 2, f'{" and ".join(rest)} are both -1; only one axis can take the rest of the devices.')
+    require(self.compiler == 'jit' or self.fsdp == self.tensor == self.context == 1,
+            "mesh.compiler='pmap' knows the data axis alone; set fsdp, tensor and context to 1 or use 'jit'.")
 
 
 @dataclass(frozen=True)
@@ -298,6 +314,7 @@ class Config(Section):
   tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
   data: DataConfig = field(default_factory=DataConfig)
   optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+  mesh: MeshConfig = field(default_factory=MeshConfig)
   training: TrainingConfig = field(default_factory=TrainingConfig)
   decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
@@ -305,6 +322,15 @@ class Config(Section):
     require(self.model.tying != 'all' or self.tokenizer.joint,
             "model.tying='all' shares one matrix between the languages, but tokenizer.joint is False; "
             "set tokenizer.joint=True or model.tying='target'.")
+    require(self.mesh.context < 2 or self.data.width_multiple % (2 * self.mesh.context) == 0,
+            f'mesh.context={self.mesh.context} cuts every sequence into {2 * self.mesh.context} equal parts; set '
+            f'data.width_multiple to a multiple of that, not {self.data.width_multiple}.')
+    require(self.mesh.context < 2 or self.data.max_length % self.data.width_multiple == 0,
+            f'data.max_length {self.data.max_length} is not a multiple of data.width_multiple '
+            f'{self.data.width_multiple}, so the widest batches could not be cut by mesh.context; raise it.')
+    require(self.data.rows_multiple % self.training.accumulate == 0,
+            f'training.accumulate {self.training.accumulate} does not divide data.rows_multiple '
+            f'{self.data.rows_multiple}; change one.')
     if self.model.max_positions is not None:
       require(self.model.max_positions >= self.data.max_length,
               f'model.max_positions {self.model.max_positions} is below data.max_length {self.data.max_length}; '
@@ -320,39 +346,4 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
   """The config written by `to_json`; an unknown or ill-typed key raises `ConfigError`."""
-  return _build(Config, json.loads(text), 'config')
-
-
-def nearest(name: str, names: typing.Iterable[str]) -> str:
-  """ "; did you mean 'x'?" for the closest of `names`, or nothing."""
-  close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-  return f"; did you mean '{close[0]}'?" if close else ''
-
-
-def _build(cls, values: dict[str, Any], where: str):
-  require(isinstance(values, dict), f'{where} should be a table of fields, not {values!r}.')
-  types_ = typing.get_type_hints(cls)
-  for name in values:
-    require(name in types_, f"{where} has no field '{name}'{nearest(name, types_)}")
-  arguments = {}
-  for name, value in values.items():
-    if dataclasses.is_dataclass(types_[name]):
-      arguments[name] = _build(types_[name], value, f'{where}.{name}')
-    else:
-      arguments[name] = _check_type(types_[name], value, f'{where}.{name}')
-  return cls(**arguments)
-
-
-def _check_type(kind, value, where: str):
-  origin, options = typing.get_origin(kind), typing.get_args(kind)
-  if dataclasses.is_dataclass(kind):
-    require(isinstance(value, kind), f'{where} is {value!r}; give a {kind.__name__}.')
-    return value
-  if origin is Literal:
-    require(value in options, f'{where} is {value!r}; choose one of {", ".join(map(repr, options))}.')
-    return value
-  allowed = options if origin in (types.UnionType, typing.Union) else (kind,)
-  if float in allowed and type(value) is int:
-    return float(value)
-  require(type(value) in allowed, f'{where} is {value!r}, which is not {" or ".join(t.__name__ for t in allowed)}.')
-  return value
+  return build(Config, json.loads(text), 'config')

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from tfm.config import ConfigError, DataConfig
-from tfm.text.buckets import WIDTH_MULTIPLE, Shape, choose_shapes, cut, fit, padded_shape
+from tfm.text.buckets import Shape, choose_shapes, cut, fit, padded_shape
+
+WIDTH_MULTIPLE = DataConfig().width_multiple
 
 
 def lengths(seed, count=500, most=40):

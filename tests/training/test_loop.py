@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,13 +12,13 @@ import tfm
 import tfm.training.loop
 from tfm.config import ConfigError
 from tfm.errors import UserError
+from tfm.parallel.compile import jit_step
 from tfm.special_ids import PAD
 from tfm.text.batches import Batches, encode_pairs, evaluation_batches
 from tfm.text.corpora import build_corpus
 from tfm.training.checkpoints import Checkpoints
 from tfm.training.loop import TrainingDiverged, train
 from tfm.training.run_folder import RunFolder
-from tfm.training.start import ROWS_MULTIPLE
 from tfm.training.validation import validation_nll
 
 pytestmark = pytest.mark.usefixtures('quick')
@@ -101,7 +100,7 @@ def test_every_interval_and_the_last_step_are_recorded(undisturbed, tiny, valida
   assert [record['step'] for record in records(tmp_path / 'run', 'validation')] == [4, 5]
 
   tokenizers = RunFolder(tmp_path / 'run').read_tokenizers()
-  batches = Batches(build_corpus(config.data), tokenizers, config.data, config.training.seed, ROWS_MULTIPLE)
+  batches = Batches(build_corpus(config.data), tokenizers, config.data, config.training.seed, config.data.rows_multiple)
   for record in found:  # each of its own step, not of a neighbour
     assert record['tokens'] == (batches.batch_at(record['step'] - 1).target_BxT[:, 1:] != PAD).sum()
 
@@ -164,8 +163,8 @@ def spoil(monkeypatch):
   """`spoil(5, change)`: the fifth update leaves behind what `change(state, metrics)` makes of it."""
 
   def arrange(step: int, change) -> None:
-    def jit(function, **options):
-      compiled, calls = jax.jit(function, **options), []
+    def spoiling(*arguments):
+      compiled, calls = jit_step(*arguments), []
 
       def update(state, batch):
         calls.append(step)
@@ -174,7 +173,7 @@ def spoil(monkeypatch):
 
       return update
 
-    monkeypatch.setattr(tfm.training.loop, 'jax', SimpleNamespace(**{**vars(jax), 'jit': jit}))
+    monkeypatch.setattr(tfm.training.loop, 'jit_step', spoiling)
 
   return arrange
 
@@ -218,7 +217,7 @@ def test_a_validation_that_is_no_number_stops_before_it_is_saved(tiny, validatio
 
 def test_nothing_moves_to_the_device_unseen(tiny, monkeypatch, tmp_path):
   # The loop sends batches itself; here it forgets to.
-  monkeypatch.setattr(tfm.training.loop, 'jax', SimpleNamespace(**{**vars(jax), 'device_put': lambda batch: batch}))
+  monkeypatch.setattr(tfm.training.loop, 'place_batch', lambda batch, *where: tuple(batch))
   with pytest.raises(RuntimeError, match='Disallowed host-to-device transfer'):
     train(tiny(), tmp_path / 'run')
 

@@ -6,16 +6,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tfm.parallel.rules import constrain
+
 
 class Embedding(nn.Module):
-  """A V x D table, N(0, 1/D): rows have length about 1, and about sqrt(D) once scaled by sqrt(D)."""
+  """A V x D table, N(0, 1/D): rows have length about 1, and about sqrt(D) once scaled by sqrt(D).
+
+  V is `vocab_size` rounded up to a multiple of `vocab_multiple`, so that devices can share the table out. No id is
+  ever that of an added row, and its logit is the least number there is.
+  """
 
   vocab_size: int
   d_model: int
   dtype: str
+  vocab_multiple: int = 1
 
   def setup(self):
-    self.table = self.param('table', nn.initializers.normal(self.d_model**-0.5), (self.vocab_size, self.d_model))
+    rows = -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+    table = self.param('table', nn.initializers.normal(self.d_model**-0.5), (rows, self.d_model))
+    # Gathered along the width before it is used: looking up slices of rows would scatter a batch over all devices.
+    self.table = constrain(table, 'vocab', 'embed')
 
   def __call__(self, ids_BxT: jax.Array) -> jax.Array:
     """Rows of the table, BxTxD."""
@@ -24,4 +34,8 @@ class Embedding(nn.Module):
   def logits(self, x_BxTxD: jax.Array) -> jax.Array:
     """x table^T, BxTxV, accumulated and returned in float32."""
     table = self.table.astype(self.dtype)
-    return jnp.einsum('btd,vd->btv', x_BxTxD.astype(self.dtype), table, preferred_element_type=jnp.float32)
+    logits_BxTxV = jnp.einsum('btd,vd->btv', x_BxTxD.astype(self.dtype), table, preferred_element_type=jnp.float32)
+    logits_BxTxV = constrain(logits_BxTxV, 'batch', 'length', 'vocab')
+    if len(table) == self.vocab_size:
+      return logits_BxTxV
+    return jnp.where(jnp.arange(len(table)) < self.vocab_size, logits_BxTxV, jnp.finfo(jnp.float32).min)

@@ -10,6 +10,7 @@ from tfm.config import TransformerConfig
 from tfm.models.dropout import dropout
 from tfm.models.multihead import KeysValues, MultiHeadAttention
 from tfm.models.tap import Tap
+from tfm.parallel.rules import constrain
 
 
 def layer_norm(config: TransformerConfig, name: str | None = None) -> nn.LayerNorm:
@@ -22,8 +23,10 @@ def residual(config: TransformerConfig, norm: nn.LayerNorm, x, sublayer, dropout
   post: norm(x + dropout(sublayer(x))), as published. pre: x + dropout(sublayer(norm(x))).
   """
   if config.norm == 'post':
-    return norm(x + dropout(sublayer(x), config.dropout, dropout_key))
-  return x + dropout(sublayer(norm(x)), config.dropout, dropout_key)
+    x = norm(x + dropout(sublayer(x), config.dropout, dropout_key))
+  else:
+    x = x + dropout(sublayer(norm(x)), config.dropout, dropout_key)
+  return constrain(x, 'batch', 'length', 'embed')
 
 
 def split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
@@ -43,7 +46,7 @@ class FeedForward(nn.Module):
     self.act = Tap()
 
   def __call__(self, x_BxTxD, dropout_key=None):
-    act_BxTxF = self.act(nn.relu(self.inner(x_BxTxD)))
+    act_BxTxF = self.act(constrain(nn.relu(self.inner(x_BxTxD)), 'batch', 'length', 'mlp'))
     return self.outer(dropout(act_BxTxF, self.config.activation_dropout, dropout_key))
 
 

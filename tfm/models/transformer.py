@@ -17,6 +17,7 @@ from tfm.models.multihead import KeysValues
 from tfm.models.positions import LearnedPositions, sinusoidal
 from tfm.models.stack import DecoderStack, EncoderStack
 from tfm.models.tap import Tap
+from tfm.parallel.rules import constrain
 from tfm.special_ids import PAD
 
 
@@ -46,11 +47,11 @@ class EncoderDecoder(nn.Module):
       raise ConfigError(
           f"model.tying='all' needs one vocabulary, but the source has {self.source_vocab_size} ids and the target "
           f"{self.target_vocab_size}; use a joint tokenizer or tying='target'.")
-    self.target_embedding = Embedding(self.target_vocab_size, c.d_model, c.dtype)
+    self.target_embedding = Embedding(self.target_vocab_size, c.d_model, c.dtype, c.vocab_multiple)
     if c.tying != 'all':
-      self.source_embedding = Embedding(self.source_vocab_size, c.d_model, c.dtype)
+      self.source_embedding = Embedding(self.source_vocab_size, c.d_model, c.dtype, c.vocab_multiple)
     if c.tying == 'none':
-      self.output = Embedding(self.target_vocab_size, c.d_model, c.dtype)
+      self.output = Embedding(self.target_vocab_size, c.d_model, c.dtype, c.vocab_multiple)
     if c.positions == 'learned':
       self.source_positions = LearnedPositions(c.max_positions, c.d_model)
       self.target_positions = LearnedPositions(c.max_positions, c.d_model)
@@ -115,6 +116,12 @@ class EncoderDecoder(nn.Module):
       x_BxTxD = self.decoder_norm(x_BxTxD)
     return (self.output if self.config.tying == 'none' else self.target_embedding).logits(x_BxTxD)
 
+  @property
+  def unembed_parameters(self) -> tuple[str, ...]:
+    """The entries of the parameter tree that `unembed` reads."""
+    table = 'output' if self.config.tying == 'none' else 'target_embedding'
+    return (table, 'decoder_norm') if self.config.norm == 'pre' else (table,)
+
   def _decoder_states(self, target_BxT, memory, dropout_key):
     embed_key, stack_key = split(dropout_key, 2)
     x_BxTxD = self.target_embed(self._embed('target', target_BxT, 0, embed_key))
@@ -134,7 +141,8 @@ class EncoderDecoder(nn.Module):
     else:
       self._check_positions(side, T)
       position_TxD = (self.source_positions if side == 'source' else self.target_positions)(positions_T)
-    return dropout(x_BxTxD + position_TxD.astype(x_BxTxD.dtype), c.dropout, dropout_key)
+    x_BxTxD = constrain(x_BxTxD + position_TxD.astype(x_BxTxD.dtype), 'batch', 'length', 'embed')
+    return dropout(x_BxTxD, c.dropout, dropout_key)
 
   def _check_positions(self, side, count):
     limit = self.config.max_positions

@@ -13,8 +13,6 @@ import numpy as np
 
 from tfm.config import DataConfig, require
 
-WIDTH_MULTIPLE = 2
-
 
 class Shape(NamedTuple):
   """Of a batch: rows B, source width S and target width T. The step shifts the target, so it trains T - 1 labels."""
@@ -36,8 +34,9 @@ def choose_shapes(sources: np.ndarray, targets: np.ndarray, data: DataConfig, ro
   """At most `data.buckets` shapes, narrowest first, that hold all pairs with the fewest padded positions.
 
   Pairs are ordered by max(source, labels) and cut into intervals; the best cuts are found by dynamic programming
-  over the histogram, then moved while that helps. Widths are even numbers, but never beyond `data.max_length` (a table
-  of learned positions may end there); rows are the multiple of `rows_multiple` that `data.tokens_per_batch` allows.
+  over the histogram, then moved while that helps. Widths are multiples of `data.width_multiple`, but never beyond
+  `data.max_length` (a table of learned positions may end there); rows are the multiple of `rows_multiple` that
+  `data.tokens_per_batch` allows.
 
   Args:
     sources: length of every source, </s> included.
@@ -46,8 +45,8 @@ def choose_shapes(sources: np.ndarray, targets: np.ndarray, data: DataConfig, ro
   Raises:
     ConfigError: the token budget does not hold `rows_multiple` rows.
   """
-  labels = targets - 1
-  keys = -(-np.maximum(sources, labels) // WIDTH_MULTIPLE)
+  labels, multiple = targets - 1, data.width_multiple
+  keys = -(-np.maximum(sources, labels) // multiple)
   size = int(keys.max()) + 1
   count = np.bincount(keys, minlength=size)
   widest = np.zeros((2, size), np.int64)
@@ -61,22 +60,24 @@ def choose_shapes(sources: np.ndarray, targets: np.ndarray, data: DataConfig, ro
   for stop in range(1, size + 1):
     longest = np.maximum.accumulate(widest[:, :stop][:, ::-1], axis=1)[:, ::-1]
     pairs = np.cumsum(count[:stop][::-1])[::-1]
-    cost = pairs * _round_up(longest).sum(0)
+    cost = pairs * _round_up(longest, multiple).sum(0)
     totals = best[:-1, :stop] + cost
     start_of[1:, stop] = totals.argmin(1)
     best[1:, stop] = totals.min(1)
 
   widths, stop = [], size
   for buckets in range(int(best[:, size].argmin()), 0, -1):
-    widths.append(np.array(_round_up(widest[:, :stop].max(1))))  # over all narrower ones too: this makes the chain
+    # Over all narrower ones too: this makes the chain.
+    widths.append(np.array(_round_up(widest[:, :stop].max(1), multiple)))
     stop = start_of[buckets, stop]
-  return [_shape(source, label, data, rows_multiple) for source, label in _refine(widths[::-1], sources, labels)]
+  return [_shape(source, label, data, rows_multiple)
+          for source, label in _refine(widths[::-1], sources, labels, multiple)]
 
 
-def _refine(widths: list[np.ndarray], sources: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+def _refine(widths: list[np.ndarray], sources: np.ndarray, labels: np.ndarray, multiple: int) -> list[np.ndarray]:
   # The cuts above give a bucket room for the longest of both sides; where one side is mostly the shorter one, its few
   # long sentences are better off in the next bucket. So move each width by a step as long as padding shrinks.
-  cells, count = np.unique(_round_up(np.stack([sources, labels], 1)), axis=0, return_counts=True)
+  cells, count = np.unique(_round_up(np.stack([sources, labels], 1), multiple), axis=0, return_counts=True)
 
   def positions(widths: list[np.ndarray]) -> int:
     inside = (cells[:, None] <= np.stack(widths)).all(-1)
@@ -86,7 +87,7 @@ def _refine(widths: list[np.ndarray], sources: np.ndarray, labels: np.ndarray) -
   while better:
     better = False
     for i in range(len(widths) - 1):
-      for move in WIDTH_MULTIPLE * np.array([(-1, 0), (0, -1), (1, 0), (0, 1)]):
+      for move in multiple * np.array([(-1, 0), (0, -1), (1, 0), (0, 1)]):
         moved = np.add(widths[i], move)
         if (moved <= 0).any() or (moved > widths[i + 1]).any() or (i > 0 and (moved < widths[i - 1]).any()):
           continue
@@ -128,12 +129,15 @@ def padded_shape(source: int, target: int, data: DataConfig, rows_multiple: int 
   """A shape for evaluation, where nothing is dropped: as wide as asked, of one `rows_multiple` at least."""
   width = max(source, target - 1)
   rows = max(data.tokens_per_batch // width // rows_multiple, 1) * rows_multiple
-  return Shape(rows, int(_round_up(source)), int(_round_up(target - 1)) + 1)
+  source, label = (int(_round_up(count, data.width_multiple)) for count in (source, target - 1))
+  return Shape(rows, source, label + 1)
 
 
 def _shape(source: int, label: int, data: DataConfig, rows_multiple: int) -> Shape:
-  source = min(int(_round_up(source)), data.max_length)
-  label = min(int(_round_up(label)), max(data.max_length - 1, 1))
+  # Where the multiple divides max_length both sides may fill it; there is one label less than there are tokens.
+  most = data.max_length - bool(data.max_length % data.width_multiple)
+  source = min(int(_round_up(source, data.width_multiple)), data.max_length)
+  label = min(int(_round_up(label, data.width_multiple)), max(most, 1))
   width = max(source, label)
   rows = data.tokens_per_batch // width // rows_multiple * rows_multiple
   require(rows > 0, f'data.tokens_per_batch {data.tokens_per_batch} does not hold {rows_multiple} rows (devices x '
@@ -141,5 +145,5 @@ def _shape(source: int, label: int, data: DataConfig, rows_multiple: int) -> Sha
   return Shape(rows, source, label + 1)
 
 
-def _round_up(width: Any) -> Any:
-  return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+def _round_up(width: Any, multiple: int) -> Any:
+  return -(-width // multiple) * multiple

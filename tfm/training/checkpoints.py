@@ -52,6 +52,8 @@ class Damaged(CheckpointError):
 class Checkpoints:
   """The checkpoints of a run, for one writer and any number of readers.
 
+  Of the processes of a run all call `save` together; process 0 writes.
+
   Kept are the newest `keep_last` steps and, by the figure `best_by` of the validation given at `save`, the best
   `keep_best` (ties: the earlier step). Both are functions of the history of saves alone, so a run that was killed
   and resumed ends with the same steps. With `keep_last=None`, for readers, nothing is deleted.
@@ -111,9 +113,14 @@ class Checkpoints:
       raise CheckpointError(f"metadata['layout'] is {metadata.get('layout')!r}; give 'scanned' or 'unrolled'.")
     if taken := RESERVED & set(metadata):
       raise CheckpointError(f'metadata has {_listing(sorted(taken))}, which the checkpoint sets itself; rename it.')
+    if jax.process_index() > 0:
+      snapshot(state)  # process 0 writes, but cannot gather alone what is cut over all
+      return
     if self._writer is None:
       self.folder.mkdir(parents=True, exist_ok=True)
-      self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+      self._writer = ocp.AsyncCheckpointer(
+          ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=_alone())),
+          multiprocessing_options=_alone())
     self.wait()
     path = self._path(step)
     if path.exists():
@@ -230,9 +237,10 @@ class Checkpoints:
       if differences:
         raise CheckpointError(f'step {step} ({self._path(step)}) was saved by another model or optimizer than the '
                               f'config describes ({_listing(differences, 5)}); resume with the config of the run.')
-      for bad, sentence in problems:
-        self._warn(f'{sentence}. Moved to {self._set_aside(bad)}; step {step} is used instead.')
-      self._prune()
+      if jax.process_index() == 0:
+        for bad, sentence in problems:
+          self._warn(f'{sentence}. Moved to {self._set_aside(bad)}; step {step} is used instead.')
+        self._prune()
       return state, meta
     self._require_none_lost(problems)
     return None
@@ -282,7 +290,8 @@ class Checkpoints:
       if not path.is_dir():
         raise Damaged(f'step {step} ({self._path(step)}) is incomplete: {item}/ is missing')
       try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=_alone()),
+                              multiprocessing_options=_alone()) as reader:
           wanted_tree = flax.traverse_util.unflatten_dict(part, sep='/')
           tree = reader.restore(path, args=ocp.args.StandardRestore(wanted_tree))
       except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that the files cannot be read.
@@ -326,6 +335,12 @@ class Checkpoints:
 
   def _path(self, step: int) -> Path:
     return self.folder / f'{step:06d}'
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """Orbax must not wait for other processes: one writes, and each reads by itself."""
+  own = jax.process_index()
+  return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
 
 
 def _items(arrays: Mapping[str, np.ndarray]) -> dict[str, Arrays]:

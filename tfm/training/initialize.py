@@ -23,14 +23,15 @@ SIDE = {'source_embedding': 'source', 'target_embedding': 'target', 'output': 't
 """Modules with one row per token, and whose vocabulary the rows belong to (with one for both, either side is it)."""
 
 
-def init_from(run: str | os.PathLike[str] | RunFolder, params: Params,
-              tokenizers: Tokenizers) -> tuple[Params, str]:
+def init_from(run: str | os.PathLike[str] | RunFolder, params: Params, tokenizers: Tokenizers,
+              vocab_multiple: int = 1) -> tuple[Params, str]:
   """Take the weights of the newest checkpoint of another run; optimizer, step and random key start afresh.
 
   Args:
     run: the run to take from (an averaged one will do).
     params: freshly initialised parameters of the new model, in either layout.
     tokenizers: those of the new run.
+    vocab_multiple: of the new model; its tables are padded to it.
 
   Returns:
     The parameters, in the layout of `params`, and a sentence on what was taken. A leaf is taken where path and shape
@@ -42,7 +43,8 @@ def init_from(run: str | os.PathLike[str] | RunFolder, params: Params,
   """
   from tfm.models.layout import layout_of, to_layout
   folder = run if isinstance(run, RunFolder) else RunFolder(run)
-  stored, meta = run_checkpoints(folder, folder.read_config()).restore_params()
+  config = folder.read_config()
+  stored, meta = run_checkpoints(folder, config).restore_params()
   old_tokenizers = folder.read_tokenizers()
   fresh = to_layout(params, 'unrolled')
   old = named_leaves(to_layout(stored, 'unrolled'))
@@ -57,8 +59,8 @@ def init_from(run: str | os.PathLike[str] | RunFolder, params: Params,
       missing.append(name)
     elif side is not None and old[name].shape[1:] == leaf.shape[1:]:
       words, old_words = (getattr(t, side).vocabulary() for t in (tokenizers, old_tokenizers))
-      _require_rows(name, leaf, words, 'the new model')
-      _require_rows(name, old[name], old_words, str(folder.path))
+      _require_rows(name, leaf, words, vocab_multiple, 'the new model')
+      _require_rows(name, old[name], old_words, config.model.vocab_multiple, str(folder.path))
       taken[name], count = _map_rows(leaf, words, old[name], old_words)
       rows.append(f'{count} of {len(words)} rows of {name}')
     elif old[name].shape == leaf.shape:
@@ -94,7 +96,7 @@ def _map_rows(fresh: jax.Array, words: list[str], old: np.ndarray, old_words: li
   return jnp.asarray(table), len(known)
 
 
-def _require_rows(name: str, table: Any, words: list[str], where: str) -> None:
-  if table.shape[0] != len(words):
+def _require_rows(name: str, table: Any, words: list[str], multiple: int, where: str) -> None:
+  if table.shape[0] != -(-len(words) // multiple) * multiple:
     raise CheckpointError(f'{name} of {where} has {table.shape[0]} rows, but its vocabulary has {len(words)} tokens; '
                           'model and tokenizer do not belong together.')

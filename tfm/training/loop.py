@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 from dataclasses import dataclass
@@ -11,18 +12,25 @@ import jax
 import jax.numpy as jnp
 
 from tfm.config import Config
+from tfm.errors import UserError
 from tfm.models.layout import layout_of
+from tfm.parallel.compile import jit_step, place_batch, pmap_step, share_of_rows
 from tfm.text.batches import prefetch
 from tfm.text.corpora import build_corpus
 from tfm.training.host_memory import reuse_freed_memory
 from tfm.training.interrupt import Interrupt
 from tfm.training.metrics import MetricsLog, Progress, Throughput
+from tfm.training.named_arrays import snapshot
 from tfm.training.start import Start, start
-from tfm.training.step import StepMetrics, TrainState, build_step
+from tfm.training.step import StepMetrics, TrainState
 from tfm.training.validation import out_of_patience, validate, write_samples
 from tfm.translator import Translator
 
 log = logging.getLogger('tfm')
+
+
+class PeerLost(UserError):
+  """Another process of the run ended without a word; what is left of this one cannot go on, nor end in order."""
 
 
 class TrainingDiverged(FloatingPointError):
@@ -37,6 +45,8 @@ class Outcome:
   step: int
   reason: str
   """'finished', 'early stop', or the name of the signal."""
+  reports: bool = True
+  """Whether it falls to this process to speak of the result: one of several does."""
 
 
 def train(config: Config, run: str, init_run: str | None = None) -> Outcome:
@@ -54,8 +64,10 @@ def train(config: Config, run: str, init_run: str | None = None) -> Outcome:
     ConfigError, DataError: bad settings or data; nothing was written.
     TrainingDiverged: names the step and the last good checkpoint.
   """
-  if config.training.reuse_memory and jax.default_backend() == 'cpu':
-    log.info('On this CPU %s.', reuse_freed_memory())
+  if config.training.reuse_memory:
+    kept = reuse_freed_memory()  # before the backend starts its threads, each of which would get a heap of its own
+    if jax.default_backend() == 'cpu':
+      log.info('On this CPU %s.', kept)
   corpus = build_corpus(config.data)
   begin = start(config, corpus, run, init_run)
   opening = [begin.sentence, f'{corpus.describe()}: {begin.batches.report()}']
@@ -69,7 +81,13 @@ class _Loop:
     self.config, self.training, self.begin = config, config.training, begin
     self.state: TrainState = begin.state
     self.first_step = int(jax.device_get(begin.state.step))
-    self.compiled = jax.jit(build_step(config, begin.model), donate_argnums=0)
+    self.mesh = begin.mesh
+    # The classic front moves the batch by itself, so only the other can be held to moving nothing.
+    self.pmap = config.mesh.compiler == 'pmap'
+    self.compiled = (pmap_step(config, begin.model, self.mesh) if self.pmap else
+                     jit_step(config, begin.model, self.mesh, jax.eval_shape(lambda: begin.state)))
+    self.share = share_of_rows(self.mesh)
+    self.writes = jax.process_index() == 0
     self.translator = Translator(begin.model, begin.state.params, begin.tokenizers, config.decoding)
     self.decoded_pairs = validation_pairs[:self.training.validation_sentences]
     self.pending: tuple[int, StepMetrics] | None = None
@@ -77,20 +95,25 @@ class _Loop:
   def run(self, opening: list[str]) -> Outcome:
     """Say the opening sentences and train; they go where the progress goes, so that notebooks see them too."""
     total = self.training.steps
-    self.metrics = MetricsLog(self.begin.folder.path, self.first_step)
-    self.throughput, self.progress = Throughput(total, self.first_step), Progress(total, self.first_step)
+    self.metrics = MetricsLog(self.begin.folder.path, self.first_step, self.writes)
+    self.throughput = Throughput(total, self.first_step)
+    self.progress = Progress(total, self.first_step, None if self.writes else io.StringIO())
     for sentence in opening:
       self.progress.note(sentence)
     feed = prefetch(self.begin.batches, self.first_step, total)
     with Interrupt() as interrupt:  # around the end too: the last save is still being written there
       try:
         step, reason = self._updates(feed, interrupt)
+      except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+          raise
+        raise self._lost(error) from error
       finally:
         feed.close()
         self.begin.checkpoints.close()
         self.metrics.close()
         self.progress.close()
-    return Outcome(self.begin.folder.path, step, interrupt.requested or reason)
+    return Outcome(self.begin.folder.path, step, interrupt.requested or reason, self.writes)
 
   def _updates(self, feed, interrupt: Interrupt) -> tuple[int, str]:
     """Make all updates that are left; returns the step reached and the reason to end there."""
@@ -108,19 +131,22 @@ class _Loop:
         self._checkpoint(step, None)
       else:
         saved = False
-      if interrupt.requested:
+      if signal := interrupt.agree(step):
         if not saved:
           self._checkpoint(step, None, scheduled=False)
-        self.progress.note(f'{interrupt.requested}: saved step {step}; the same command resumes.')
-        return step, interrupt.requested
+        self.progress.note(f'{signal}: saved step {step}; the same command resumes.')
+        return step, signal
     return step, 'finished'
 
   def _dispatch(self, index: int, batch) -> None:
     """Start one update; meanwhile read what the one before left behind."""
-    device_batch = jax.device_put(tuple(batch))
+    if not self.pmap:
+      part, parts = self.share
+      height = len(batch.source_BxS)
+      batch = place_batch(batch, part * height, parts * height, self.mesh)
     # Nothing may move between host and device unseen: that would stall every step.
-    with jax.transfer_guard('disallow'):
-      self.state, metrics = self.compiled(self.state, device_batch)
+    with jax.set_mesh(self.mesh), jax.transfer_guard('allow' if self.pmap else 'disallow'):
+      self.state, metrics = self.compiled(self.state, batch)
     self._read_pending()
     self.pending = index + 1, metrics
 
@@ -151,15 +177,27 @@ class _Loop:
     return TrainingDiverged(f'Step {step} gave {what}. {good}; lower optimizer.learning_rate, lengthen warmup_steps or '
                             'set clip_norm.')
 
+  def _lost(self, error: Exception) -> PeerLost:
+    saved = self.begin.checkpoints.steps()
+    good = f'step {saved[-1]} is saved' if saved else 'no step was saved yet'
+    reason = str(error).splitlines()[0]
+    return PeerLost(f'Another process of this run has gone, or the network between them ({reason}); {good}. '
+                    'Start the run again, with as many processes as there are now: it resumes.')
+
   def _validate(self, step: int) -> dict[str, float]:
     self._read_pending()
     self.throughput.pause()
-    figures, hypotheses = validate(self.begin.model, self.state.params, self.begin.validation_batches, self.translator,
+    params = self.state.params
+    if self.mesh.size > 1:  # every process decodes by itself, on one device
+      params = jax.tree.unflatten(jax.tree.structure(params), list(map(jax.device_put, snapshot(params).values())))
+    figures, hypotheses = validate(self.begin.model, params, self.begin.validation_batches, self.translator,
                                    self.decoded_pairs)
     if not math.isfinite(figures['nll']):
       raise self._diverged(step, f'a validation nll of {figures["nll"]}')
     self.metrics.validation(step, figures)
-    write_samples(self.begin.folder.samples / f'{step:06d}.txt', self.decoded_pairs[:self.training.samples], hypotheses)
+    if self.writes:
+      write_samples(self.begin.folder.samples / f'{step:06d}.txt', self.decoded_pairs[:self.training.samples],
+                    hypotheses)
     self.throughput.go_on()
     shown = ', '.join(f'{name} {value:.4g}' for name, value in figures.items())
     self.progress.note(f'validation at step {step}: {shown} ({self.metrics.seconds:.0f} s)')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
+
+from tfm.parallel.mesh import BATCH_AXES
 
 CHUNK_LOGITS = 2**22
 """Logits computed at a time by `chunked_token_sums`: 16 MiB in float32, about what a last-level cache holds."""
@@ -31,7 +35,8 @@ class Sums:
     return jax.tree.map(jnp.add, self, other)
 
 
-def token_sums(logits_BxTxV: jax.Array, labels_BxT: jax.Array, weights_BxT: jax.Array, smoothing: float) -> Sums:
+def token_sums(logits_BxTxV: jax.Array, labels_BxT: jax.Array, weights_BxT: jax.Array, smoothing: float,
+               vocab_size: int | None = None) -> Sums:
   """Loss sums of a batch.
 
   The smoothed target distribution is (1 - e) one-hot + e / V, uniform over the whole vocabulary, the right token
@@ -43,8 +48,10 @@ def token_sums(logits_BxTxV: jax.Array, labels_BxT: jax.Array, weights_BxT: jax.
     labels_BxT: int32 ids.
     weights_BxT: 1 for a token that counts, 0 for padding, whose logits have no say, not even as NaN.
     smoothing: e.
+    vocab_size: V, where the logits have more columns than that; those beyond are not part of the vocabulary.
   """
-  loss_BxT, nll_BxT, hits_BxT = _losses(logits_BxTxV, labels_BxT, smoothing)
+  vocab_size = logits_BxTxV.shape[-1] if vocab_size is None else vocab_size
+  loss_BxT, nll_BxT, hits_BxT = _losses(logits_BxTxV, labels_BxT, smoothing, vocab_size)
   return Sums(*(jnp.sum(jnp.where(weights_BxT == 0, 0.0, value_BxT * weights_BxT))
                 for value_BxT in (loss_BxT, nll_BxT, hits_BxT, jnp.ones_like(loss_BxT))))
 
@@ -55,31 +62,53 @@ def chunked_token_sums(unembed: Callable[[Any, jax.Array], jax.Array], params: A
 
   The rows are cut into chunks whose logits fit a CPU's cache; each chunk's gradient is taken right after its loss,
   while its logits are there, so nothing is computed twice (forward-mode bookkeeping: the loss is a plain sum, hence
-  the gradient is known up to the factor that arrives in the backward pass).
+  the gradient is known up to the factor that arrives in the backward pass). On a mesh every device cuts its own rows
+  and positions, and gradients are added up once, after the last chunk.
+
+  Args:
+    unembed: (params, hidden) -> logits.
+    params: what `unembed` reads, and no more.
+    hidden_BxTxD, labels_BxT, weights_BxT, smoothing, vocab_size: see `token_sums`.
   """
-  B, T = labels_BxT.shape
-  chunks = next(n for n in range(1, B + 1) if B % n == 0 and (n == B or B * T * vocab_size // n <= CHUNK_LOGITS))
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(name for name in ('data', 'fsdp', 'context') if name in mesh.axis_names and mesh.shape[name] > 1)
+  shards = math.prod(mesh.shape[name] for name in axes)
+  B = labels_BxT.shape[0] // math.prod(mesh.shape[name] for name in axes if name in BATCH_AXES)
+  logits = labels_BxT.size * vocab_size // shards
+  chunks = next(n for n in range(1, B + 1) if B % n == 0 and (n == B or logits // n <= CHUNK_LOGITS))
   if chunks == 1:
-    return token_sums(unembed(params, hidden_BxTxD), labels_BxT, weights_BxT, smoothing)
-  pieces = jax.tree.map(lambda x: x.reshape((chunks, B // chunks) + x.shape[1:]), (labels_BxT, weights_BxT))
+    return token_sums(unembed(params, hidden_BxTxD), labels_BxT, weights_BxT, smoothing, vocab_size)
 
   def of_chunk(params, hidden, labels, weights):
-    sums = token_sums(unembed(params, hidden), labels, weights, smoothing)
+    sums = token_sums(unembed(params, hidden), labels, weights, smoothing, vocab_size)
     return sums.loss, sums
 
-  @jax.custom_vjp
-  def total(params, hidden_BxTxD):
-    return forward(params, hidden_BxTxD)[0]
-
-  def forward(params, hidden_BxTxD):
+  def of_rows(params, *arrays):
+    """Sums and gradients of the rows given: all of them, or those of one device."""
     def add(carry, piece):
       (_, sums), (d_params, d_hidden) = jax.value_and_grad(of_chunk, (0, 1), has_aux=True)(params, *piece)
       return jax.tree.map(jnp.add, carry, (sums, d_params)), d_hidden
 
     zero = (Sums(*[jnp.float32(0)] * 4), jax.tree.map(jnp.zeros_like, params))
-    hidden = hidden_BxTxD.reshape((chunks, B // chunks) + hidden_BxTxD.shape[1:])
-    (sums, d_params), d_hidden = jax.lax.scan(add, zero, (hidden, *pieces))
-    return sums, (d_params, d_hidden.reshape(hidden_BxTxD.shape))
+    pieces = [array.reshape((chunks, -1) + array.shape[1:]) for array in arrays]
+    totals, d_hidden = jax.lax.scan(add, zero, tuple(pieces))
+    sums, d_params = jax.lax.psum(totals, axes) if axes else totals
+    return sums, d_params, d_hidden.reshape(arrays[0].shape)
+
+  if axes:
+    rows = PartitionSpec(tuple(name for name in axes if name in BATCH_AXES) or None,
+                         'context' if 'context' in axes else None)
+    whole = PartitionSpec()
+    of_rows = jax.shard_map(of_rows, in_specs=(whole, rows, rows, rows), out_specs=(whole, whole, rows),
+                            axis_names=set(axes), check_vma=False)
+
+  @jax.custom_vjp
+  def total(params, hidden_BxTxD):
+    return of_rows(params, hidden_BxTxD, labels_BxT, weights_BxT)[0]
+
+  def forward(params, hidden_BxTxD):
+    sums, *gradients = of_rows(params, hidden_BxTxD, labels_BxT, weights_BxT)
+    return sums, tuple(gradients)
 
   def backward(gradients, cotangent: Sums):
     return jax.tree.map(lambda g: g * cotangent.loss.astype(g.dtype), gradients)
@@ -88,31 +117,45 @@ def chunked_token_sums(unembed: Callable[[Any, jax.Array], jax.Array], params: A
   return total(params, hidden_BxTxD)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _losses(logits_BxTxV, labels_BxT, smoothing):
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _losses(logits_BxTxV, labels_BxT, smoothing, vocab_size):
   """(smoothed loss, nll, 1 where the right token is the most probable), each BxT; the first carries the gradient."""
-  return _losses_forward(logits_BxTxV, labels_BxT, smoothing)[0]
+  return _losses_forward(logits_BxTxV, labels_BxT, smoothing, vocab_size)[0]
 
 
-def _losses_forward(logits_BxTxV, labels_BxT, smoothing):
+def _losses_forward(logits_BxTxV, labels_BxT, smoothing, vocab_size):
   lse_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
-  right_BxT = jnp.take_along_axis(logits_BxTxV, labels_BxT[..., None], axis=-1)[..., 0]
+  if jax.sharding.get_abstract_mesh().shape.get('tensor', 1) > 1:  # a gather would bring all columns to every device
+    right_BxT = jnp.sum(jnp.where(_onehot(logits_BxTxV, labels_BxT), logits_BxTxV, 0.0), axis=-1)
+  else:
+    right_BxT = jnp.take_along_axis(logits_BxTxV, labels_BxT[..., None], axis=-1)[..., 0]
   nll_BxT = lse_BxT - right_BxT
   hits_BxT = (right_BxT >= jnp.max(logits_BxTxV, axis=-1)).astype(jnp.float32)  # cheaper than an argmax over V
   # -sum_v q_v log p_v with q as above, without ever building the V-wide q.
-  loss_BxT = (1.0 - smoothing) * nll_BxT + smoothing * (lse_BxT - jnp.mean(logits_BxTxV, axis=-1))
+  mean_BxT = jnp.sum(_real(logits_BxTxV, vocab_size), axis=-1) / vocab_size
+  loss_BxT = (1.0 - smoothing) * nll_BxT + smoothing * (lse_BxT - mean_BxT)
   return (loss_BxT, nll_BxT, hits_BxT), (logits_BxTxV, labels_BxT, lse_BxT)
 
 
-def _losses_backward(smoothing, residuals, cotangents):
+def _losses_backward(smoothing, vocab_size, residuals, cotangents):
   # d loss / d logits = p - q, in one fused pass; what autodiff makes of the gather above is a scatter.
   logits_BxTxV, labels_BxT, lse_BxT = residuals
-  V = logits_BxTxV.shape[-1]
-  onehot_BxTxV = jax.lax.broadcasted_iota(labels_BxT.dtype, logits_BxTxV.shape, 2) == labels_BxT[..., None]
-  q_BxTxV = jnp.where(onehot_BxTxV, 1.0 - smoothing + smoothing / V, smoothing / V)
+  uniform = smoothing / vocab_size
+  q_BxTxV = _real(jnp.where(_onehot(logits_BxTxV, labels_BxT), 1.0 - smoothing + uniform, uniform), vocab_size)
   scale_BxTx1 = cotangents[0][..., None]
   p_BxTxV = jnp.exp(logits_BxTxV - lse_BxT[..., None])
   return jnp.where(scale_BxTx1 == 0, 0.0, (p_BxTxV - q_BxTxV) * scale_BxTx1), None
+
+
+def _onehot(logits_BxTxV, labels_BxT):
+  return jax.lax.broadcasted_iota(labels_BxT.dtype, logits_BxTxV.shape, 2) == labels_BxT[..., None]
+
+
+def _real(values_BxTxV, vocab_size):
+  """The values, 0 in the columns beyond the vocabulary."""
+  if values_BxTxV.shape[-1] == vocab_size:
+    return values_BxTxV
+  return jnp.where(jax.lax.broadcasted_iota(jnp.int32, values_BxTxV.shape, 2) < vocab_size, values_BxTxV, 0.0)
 
 
 _losses.defvjp(_losses_forward, _losses_backward)

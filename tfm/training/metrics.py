@@ -29,23 +29,25 @@ class MetricsLog:
   """Appends the figures of a run; on resume, first forgets everything after the step it resumes from.
 
   Write all records of a step, then `flush`, then save the checkpoint of that step: then whatever step a killed run
-  resumes from, its records are on disk.
+  resumes from, its records are on disk. Of several processes one writes; the others (`writes=False`) only remember.
   """
 
-  def __init__(self, folder: str | os.PathLike[str], resume_step: int = 0):
+  def __init__(self, folder: str | os.PathLike[str], resume_step: int = 0, writes: bool = True):
     run = RunFolder(folder)
-    run.path.mkdir(parents=True, exist_ok=True)
+    self._writes = writes
     self._tensorboard_folder = run.tensorboard
     self._tensorboard = None
     self._resume_step = resume_step
-    self._metrics_file, self._timing_file = run.metrics, run.timing
-    _forget(run.metrics, resume_step)
-    _forget(run.timing, resume_step)
-    earlier = _read(run.timing)
+    if writes:
+      run.path.mkdir(parents=True, exist_ok=True)
+      _forget(run.metrics, resume_step)
+      _forget(run.timing, resume_step)
+    self._records = [record for record in _read(run.metrics) if record['step'] <= resume_step]
+    earlier = [record for record in _read(run.timing) if record['step'] <= resume_step]
     self._seconds_before = earlier[-1]['seconds'] if earlier else 0.0
     self._started = time.monotonic()
-    self._metrics = open(run.metrics, 'a', encoding='utf-8')
-    self._timing = open(run.timing, 'a', encoding='utf-8')
+    self._metrics, self._timing = (open(path if writes else os.devnull, 'a', encoding='utf-8')
+                                   for path in (run.metrics, run.timing))
 
   @property
   def seconds(self) -> float:
@@ -62,11 +64,12 @@ class MetricsLog:
 
   def history(self, kind: str | None = None) -> list[dict[str, Any]]:
     """The records so far, those of earlier sittings included: kind ('train', 'validation'), step, and the values."""
-    self._metrics.flush()
-    return [record for record in _read(self._metrics_file) if kind in (None, record['kind'])]
+    return [record for record in self._records if kind in (None, record['kind'])]
 
   def flush(self) -> None:
     """Return when everything written so far would survive a power cut."""
+    if not self._writes:
+      return
     for file in (self._metrics, self._timing):
       file.flush()
       os.fsync(file.fileno())
@@ -84,6 +87,9 @@ class MetricsLog:
     if step <= self._resume_step:
       raise ValueError(f'Step {step} was recorded before this run resumed from step {self._resume_step}.')
     clock = {'seconds': round(self.seconds, 3), **(timing or {})}
+    self._records.append({'kind': kind, 'step': step, **{name: _plain(value) for name, value in values.items()}})
+    if not self._writes:
+      return
     _append(self._metrics, {'kind': kind, 'step': step, **values})
     _append(self._timing, {'kind': kind, 'step': step, **clock})
     for name, value in {**values, **clock}.items():

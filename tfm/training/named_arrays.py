@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 PyTree = Any
 Arrays = dict[str, np.ndarray]
@@ -21,11 +22,17 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def snapshot(state: PyTree) -> Arrays:
-  """Host copies of all leaves. Real copies: on a CPU a view would share memory with the buffer."""
+  """Host copies of all leaves. Real copies: on a CPU a view would share memory with the buffer.
+
+  Where a leaf is cut over several processes, all of them must call this together.
+  """
   leaves = {name: jax.random.key_data(leaf) if is_key(leaf) else leaf for name, leaf in named_leaves(state).items()}
-  for leaf in leaves.values():
+  for name, leaf in leaves.items():
     if isinstance(leaf, jax.Array):
-      leaf.copy_to_host_async()
+      if leaf.is_fully_replicated or leaf.is_fully_addressable:
+        leaf.copy_to_host_async()
+      else:
+        leaves[name] = multihost_utils.process_allgather(leaf, tiled=True)
   return {name: np.array(leaf, copy=True, order='C') for name, leaf in jax.device_get(leaves).items()}
 
 
@@ -41,8 +48,8 @@ def rebuild(abstract: PyTree, arrays: Arrays, keys: Mapping[str, str]) -> tuple[
     The pytree and no differences, or None and what is new, gone or of another shape or type.
   """
   leaves = named_leaves(abstract)
-  found = {name: jax.random.wrap_key_data(array, impl=keys[name]) if name in keys else array
-           for name, array in arrays.items()}
+  found = {name: jax.eval_shape(lambda data, name=name: jax.random.wrap_key_data(data, impl=keys[name]), array)
+           if name in keys else array for name, array in arrays.items()}
   differences = [f'{name} is new' for name in leaves if name not in found]
   differences += [f'{name} is gone' for name in found if name not in leaves]
   differences += [f'{name} is {value.dtype}{value.shape}, not {leaves[name].dtype}{leaves[name].shape}'
@@ -50,7 +57,9 @@ def rebuild(abstract: PyTree, arrays: Arrays, keys: Mapping[str, str]) -> tuple[
                   and (value.shape, value.dtype) != (leaves[name].shape, leaves[name].dtype)]
   if differences:
     return None, differences
-  values = [_place(found[name], getattr(leaf, 'sharding', None)) for name, leaf in leaves.items()]
+  values = [place(arrays[name], getattr(leaf, 'sharding', None)) for name, leaf in leaves.items()]
+  values = [jax.random.wrap_key_data(value, impl=keys[name]) if name in keys else value
+            for name, value in zip(leaves, values)]
   return jax.tree.unflatten(jax.tree.structure(abstract), values), []
 
 
@@ -64,7 +73,8 @@ def crc(array: np.ndarray) -> int:
   return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
-def _place(value: np.ndarray | jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
-  if sharding is None or is_key(value):
-    return jax.device_put(value, sharding)
+def place(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+  """An array that every process has, on the devices that `sharding` names; None is the default device."""
+  if sharding is None:
+    return jax.device_put(value)
   return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

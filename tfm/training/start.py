@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from tfm.config import Config, ConfigError, require
 from tfm.models.build import build_model, count_parameters, initialize
 from tfm.models.layout import to_layout
 from tfm.models.transformer import EncoderDecoder
+from tfm.parallel.compile import require_rows, share_of_rows
+from tfm.parallel.mesh import build_mesh
+from tfm.parallel.rules import shardings
 from tfm.text.batches import Batch, Batches, encode_pairs, evaluation_batches
 from tfm.text.corpora import Corpus
 from tfm.text.tokenizer import Tokenizers, train_tokenizers
 from tfm.training.checkpoints import CheckpointError, Checkpoints, Damaged
 from tfm.training.initialize import init_from
+from tfm.training.named_arrays import is_key, place
 from tfm.training.run_folder import RunFolder
 from tfm.training.step import TrainState, new_state
 from tfm.training.validation import BETTER_IS_LOWER
@@ -27,11 +32,8 @@ from tfm.training.validation import BETTER_IS_LOWER
 log = logging.getLogger('tfm')
 
 MAY_CHANGE = {'training.steps', 'training.patience', 'training.samples', 'training.log_every', 'training.reuse_memory',
-              'training.keep_last', 'data.root', 'model.remat', 'model.scan_layers'}
-"""Fields that may differ when a run resumes; decoding fields may too. Everything else would make it another run."""
-
-ROWS_MULTIPLE = 8
-"""Rows of a batch are a multiple of this, so that they divide among up to 8 processes and fill vector units."""
+              'training.keep_last', 'data.root', 'model.remat', 'model.scan_layers', 'model.attention_backend'}
+"""Fields that may differ when a run resumes, as may those of decoding and mesh. All others make it another run."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Start:
   batches: Batches
   validation_batches: list[Batch]
   model: EncoderDecoder
+  mesh: Mesh
   state: TrainState
   checkpoints: Checkpoints
   sentence: str
@@ -63,14 +66,18 @@ def start(config: Config, corpus: Corpus, run: str, init_run: str | None) -> Sta
     tokenizers = folder.read_tokenizers()
   else:
     tokenizers = train_tokenizers(config.tokenizer, corpus.tokenizer_texts())
-  batches = Batches(corpus, tokenizers, config.data, config.training.seed,
-                    rows_multiple=math.lcm(ROWS_MULTIPLE, config.training.accumulate))
+  mesh = build_mesh(config.mesh)
+  require_rows(config, mesh)
+  batches = Batches(corpus, tokenizers, config.data, config.training.seed, config.data.rows_multiple,
+                    *share_of_rows(mesh))
   validation_batches = _validation_batches(config, corpus, tokenizers, batches)
   model = build_model(config.model, tokenizers.source.vocab_size, tokenizers.target.vocab_size)
   training = config.training
   checkpoints = Checkpoints(folder.checkpoints, training.keep_last, training.keep_best, training.keep_best_by,
                             BETTER_IS_LOWER[training.keep_best_by])
   abstract = jax.eval_shape(partial(_fresh_state, config, model))
+  placed = shardings(mesh, abstract)
+  abstract = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), abstract, placed)
   if init_run is not None and checkpoints.steps():
     raise ConfigError(f'{folder.path} is a run at step {checkpoints.steps()[-1]} already, so --init-from would have no '
                       'effect; leave it out to resume, or choose another --run.')
@@ -83,15 +90,20 @@ def start(config: Config, corpus: Corpus, run: str, init_run: str | None) -> Sta
   else:
     state, sentence = _fresh_state(config, model), f'Starting {folder.path}'
     if init_run is not None:
-      params, report = init_from(init_run, state.params, tokenizers)
+      params, report = init_from(init_run, state.params, tokenizers, config.model.vocab_multiple)
       state, sentence = new_state(config, model, params), f'{sentence} from the weights of {init_run}: {report}'
-  # Only now that all of it is known to go together is anything written.
-  if exists:
-    folder.write_config(config)
-  else:
-    folder.create(config, tokenizers)
-  return Start(folder, tokenizers, batches, validation_batches, model, state, checkpoints,
-               f'{sentence}: {count_parameters(state.params):,} parameters.')
+    state = jax.tree.map(_distribute, state, placed)
+  # Only now that all of it is known to go together, in every process, is anything written.
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('start')
+  if jax.process_index() == 0:
+    if exists:
+      folder.write_config(config)
+    else:
+      folder.create(config, tokenizers)
+  where = f' on {mesh.size} devices, ' + ', '.join(f'{name} {n}' for name, n in mesh.shape.items() if n > 1)
+  return Start(folder, tokenizers, batches, validation_batches, model, mesh, state, checkpoints,
+               f'{sentence}: {count_parameters(state.params):,} parameters{where if mesh.size > 1 else ""}.')
 
 
 def _validation_batches(config: Config, corpus: Corpus, tokenizers: Tokenizers, batches: Batches) -> list[Batch]:
@@ -114,6 +126,16 @@ def _fresh_state(config: Config, model: EncoderDecoder) -> TrainState:
   return new_state(config, model, initialize(model, key))
 
 
+def _distribute(leaf: jax.Array, where: jax.sharding.NamedSharding) -> jax.Array:
+  """A leaf that every process has made, where it belongs."""
+  if jax.process_count() == 1:
+    return jax.device_put(leaf, where)
+  if is_key(leaf):
+    return jax.random.wrap_key_data(place(jax.device_get(jax.random.key_data(leaf)), where),
+                                    impl=jax.random.key_impl(leaf))
+  return place(jax.device_get(leaf), where)
+
+
 def _restore(checkpoints, config, model, abstract) -> tuple[TrainState, int] | None:
   """The newest intact state in the layout of `config`, whichever layout it was saved in."""
   if not checkpoints.steps():
@@ -122,7 +144,8 @@ def _restore(checkpoints, config, model, abstract) -> tuple[TrainState, int] | N
   layouts = _layouts(checkpoints) or [layout]
   for found in layouts:
     try:
-      state, meta = checkpoints.restore_latest(jax.eval_shape(partial(_convert_state, layout=found), abstract))
+      asked = abstract if found == layout else jax.eval_shape(partial(_convert_state, layout=found), abstract)
+      state, meta = checkpoints.restore_latest(asked)
     except CheckpointError:
       # The steps of the newest layout may all be damaged, and the newest intact one of the other.
       if found == layouts[-1]:
@@ -131,7 +154,8 @@ def _restore(checkpoints, config, model, abstract) -> tuple[TrainState, int] | N
     if found == layout:
       return state, meta['step']
     log.warning('The checkpoint is %s and the config asks for %s layers; converted.', found, layout)
-    return jax.jit(partial(_convert_state, layout=layout))(state), meta['step']
+    converted = jax.jit(partial(_convert_state, layout=layout))(state)
+    return jax.tree.map(lambda leaf, like: _distribute(leaf, like.sharding), converted, abstract), meta['step']
 
 
 def _layouts(checkpoints: Checkpoints) -> list[str]:
@@ -156,7 +180,7 @@ def _convert_state(state: TrainState, layout) -> TrainState:
 
 def _require_same(stored: Config, given: Config, folder: RunFolder) -> None:
   different = [f'{name} was {old!r} and is now {new!r}' for name, old, new in differences(stored, given)
-               if name not in MAY_CHANGE and not name.startswith('decoding.')]
+               if name not in MAY_CHANGE and not name.startswith(('decoding.', 'mesh.'))]
   if different:
     raise ConfigError(f'{folder.path} is a run of another config: {"; ".join(different)}. '
                       'Give the same config to resume it, or another --run.')

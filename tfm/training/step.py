@@ -56,11 +56,18 @@ def batch_sums(model: EncoderDecoder, params: Any, batch: Batch, smoothing: floa
   labels_BxT = target_BxT[:, 1:]
   return chunked_token_sums(
       lambda params, hidden_BxTxD: model.apply({'params': params}, hidden_BxTxD, method='unembed'),
-      params, hidden_BxTxD, labels_BxT, (labels_BxT != PAD).astype(jnp.float32), smoothing, model.target_vocab_size)
+      {name: params[name] for name in model.unembed_parameters}, hidden_BxTxD, labels_BxT,
+      (labels_BxT != PAD).astype(jnp.float32), smoothing, model.target_vocab_size)
 
 
-def build_step(config: Config, model: EncoderDecoder) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-  """The step of this config, not yet compiled."""
+def build_step(config: Config, model: EncoderDecoder,
+               axis_name: str | None = None) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+  """The step of this config, not yet compiled.
+
+  Args:
+    axis_name: of a `pmap` over rows of the batch, whose devices add up their sums; each then draws its own dropout.
+      None where the batch is one array, on however many devices.
+  """
   optimizer = build_optimizer(config.optimizer, config.model.d_model, config.training.steps)
   rate = learning_rate(config.optimizer, config.model.d_model, config.training.steps)
   smoothing, micro = config.optimizer.label_smoothing, config.training.accumulate
@@ -76,7 +83,8 @@ def build_step(config: Config, model: EncoderDecoder) -> Callable[[TrainState, B
 
   def accumulated(params, batch, key):
     """The same sums from `micro` slices of the rows, one after another."""
-    slices = jax.tree.map(lambda rows: rows.reshape((micro, -1) + rows.shape[1:]), batch)
+    # Every micro-th row, so that each slice has rows of every device.
+    slices = jax.tree.map(lambda rows: rows.reshape((-1, micro) + rows.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, numbered):
       index, piece = numbered
@@ -87,7 +95,11 @@ def build_step(config: Config, model: EncoderDecoder) -> Callable[[TrainState, B
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
     key = jax.random.fold_in(state.key, state.step)
+    if axis_name is not None:
+      key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
     gradients, sums = (gradient_sums if micro == 1 else accumulated)(state.params, batch, key)
+    if axis_name is not None:
+      gradients, sums = jax.lax.psum((gradients, sums), axis_name)
     # The one division: by the target tokens of the whole batch, however it was cut.
     gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1.0), gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -1,0 +1,156 @@
+"""One step, many meshes: the same losses and weights as on one device, with the collectives that belong to the mesh."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tfm.training.loss
+from tfm.config import Config, ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainingConfig, TransformerConfig
+from tfm.models.build import build_model, initialize
+from tfm.parallel.compile import jit_step, place_batch, pmap_step, require_rows, share_of_rows
+from tfm.parallel.mesh import build_mesh
+from tfm.parallel.rules import shardings
+from tfm.training.step import new_state
+
+pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason='needs 8 devices: tests/test_multi_device.py has them')
+
+V, B, L, STEPS = 40, 8, 16, 20
+MESHES = {
+    'data': dict(data=8), 'fsdp': dict(data=1, fsdp=8), 'tensor': dict(data=2, tensor=4),
+    'context': dict(data=1, context=8), 'data fsdp': dict(data=2, fsdp=4), 'data context': dict(data=4, context=2),
+    'fsdp tensor': dict(data=1, fsdp=4, tensor=2), 'tensor context': dict(data=1, tensor=4, context=2),
+    'fsdp context': dict(data=1, fsdp=2, context=4), 'data tensor context': dict(data=2, tensor=2, context=2),
+    'fsdp tensor context': dict(data=1, fsdp=2, tensor=2, context=2)}
+EXPECTED = {  # what a mesh axis must bring about; XLA's CPU compiler says reduce-scatter as all-reduce and slice
+    'data': {'all-reduce'}, 'fsdp': {'all-gather', 'all-reduce'}, 'tensor': {'all-reduce'},
+    'context': {'all-reduce', 'collective-permute'}}
+ALLOWED = {'tensor': {'all-gather', 'all-to-all', 'collective-permute'}}
+"""Where tensor is combined with another axis, XLA moves activations between layouts as it likes."""
+
+
+QUICKLY = {'xla_backend_optimization_level': 0}
+"""Compile faster, to slower code."""
+
+
+def config_of(mesh: dict, accumulate: int = 1, dropout: float = 0.1) -> Config:
+  return Config(
+      model=TransformerConfig(encoder_layers=1, decoder_layers=1, d_model=16, d_ff=32, num_heads=4, dropout=dropout,
+                              norm='pre'),
+      data=DataConfig(width_multiple=16, max_length=64),
+      optimizer=OptimizerConfig(schedule='constant', learning_rate=1e-3, warmup_steps=4),
+      training=TrainingConfig(accumulate=accumulate), mesh=MeshConfig(**mesh))
+
+
+@cache
+def batches():
+  rng = np.random.default_rng(0)
+  made = []
+  for _ in range(STEPS):
+    sides = [rng.integers(3, V, (B, width)).astype(np.int32) for width in (L, L + 1)]
+    for side in sides:
+      for row, length in enumerate(rng.integers(L // 2, L + 1, B)):
+        side[row, length:] = 0
+    made.append(tuple(sides))
+  return made
+
+
+def train(config: Config, devices: int):
+  """(losses of all steps, weights at the end, optimised HLO)."""
+  model = build_model(config.model, V, V)
+  mesh = build_mesh(config.mesh, jax.devices()[:devices])
+  state = new_state(config, model, initialize(model, jax.random.key(0)))
+  abstract = jax.eval_shape(lambda: state)
+  if config.mesh.compiler == 'pmap':
+    step, hlo, place = pmap_step(config, model, mesh), '', lambda batch: batch
+  else:
+    state = jax.device_put(state, shardings(mesh, abstract))
+    with jax.set_mesh(mesh):
+      step = jit_step(config, model, mesh, abstract).lower(
+          abstract, tuple(jax.ShapeDtypeStruct(side.shape, side.dtype) for side in batches()[0])).compile(QUICKLY)
+    hlo, place = step.as_text(), lambda batch: place_batch(batch, 0, B, mesh)
+  losses = []
+  for batch in batches():
+    with jax.set_mesh(mesh):
+      state, metrics = step(state, place(batch))
+    losses.append(float(metrics.sums.loss / metrics.sums.tokens))
+  return np.array(losses), jax.device_get(state.params), hlo
+
+
+@pytest.fixture(autouse=True)
+def chunked(monkeypatch):
+  """Loss in several chunks, also of a device's share."""
+  monkeypatch.setattr(tfm.training.loss, 'CHUNK_LOGITS', 2**8)
+
+
+@cache
+def alone(dropout: float = 0.1):
+  return train(config_of({'data': 1}, dropout=dropout), 1)
+
+
+def assert_same(found, expected):
+  np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found[1], expected[1])
+
+
+@pytest.mark.parametrize('name', MESHES)
+def test_a_mesh_trains_like_one_device(name):
+  losses, params, hlo = train(config_of(MESHES[name]), 8)
+  assert_same((losses, params), alone())
+  assert losses[-1] < losses[0] - 0.1
+  found = set(re.findall(r' (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(', hlo))
+  axes = [axis for axis in name.split() if MESHES[name].get(axis, 1) > 1]
+  expected = set().union(*(EXPECTED[axis] for axis in axes))
+  assert expected <= found
+  if axes in (['data'], ['fsdp'], ['data', 'fsdp']):
+    assert found == expected
+
+
+def test_micro_batches_share_out_too():
+  assert_same(train(config_of({'data': 4, 'fsdp': 2}, accumulate=1, dropout=0.0), 8),
+              train(config_of({'data': 1}, accumulate=2, dropout=0.0), 1))
+  assert_same(train(config_of({'data': 2, 'fsdp': 2}, accumulate=2, dropout=0.0), 4),
+              train(config_of({'data': 1}, accumulate=1, dropout=0.0), 1))
+
+
+def test_pmap_is_jit():
+  assert_same(train(config_of({'data': 8, 'compiler': 'pmap'}, dropout=0.0), 8), alone(0.0))
+
+
+def test_no_constraint_is_lost():
+  """As many as the model names, whatever the mesh: embeddings, sub-layers, feed-forward, logits and their gradients."""
+  counts = set()
+  for name in ('data', 'tensor', 'context'):
+    config = config_of(MESHES[name])
+    model, mesh = build_model(config.model, V, V), build_mesh(config.mesh)
+    abstract = jax.eval_shape(lambda model=model, config=config:
+                              new_state(config, model, initialize(model, jax.random.key(0))))
+    with jax.set_mesh(mesh):
+      jaxpr = str(jit_step(config, model, mesh, abstract).trace(
+          abstract, tuple(jax.ShapeDtypeStruct(side.shape, side.dtype) for side in batches()[0])).jaxpr)
+    counts.add(jaxpr.count('sharding_constraint'))
+  assert len(counts) == 1 and counts.pop() >= 20
+
+
+def test_rows_that_cannot_be_shared_out_are_refused():
+  config = config_of({'data': 8}, accumulate=2)
+  with pytest.raises(ConfigError, match=r'data\.rows_multiple 8 does not share out among .* = 8 devices and 2 micro'):
+    require_rows(config, build_mesh(config.mesh))
+
+
+@pytest.mark.parametrize('mesh', [dict(data=8), dict(data=1, context=8), dict(data=2, fsdp=2, tensor=2)])
+def test_one_process_has_all_rows(mesh):
+  assert share_of_rows(build_mesh(MeshConfig(**mesh))) == (0, 1)
+
+
+def test_a_placed_batch_is_the_batch():
+  mesh = build_mesh(MeshConfig(data=2, context=4))
+  placed = place_batch(batches()[0], 0, B, mesh)
+  jax.tree.map(np.testing.assert_array_equal, placed, batches()[0])
+  assert placed[0].sharding.shard_shape(placed[0].shape) == (B // 2, L // 4)
+  assert jnp.asarray(placed[1]).sharding.shard_shape(placed[1].shape) == (B // 2, L + 1)

@@ -1,0 +1,88 @@
+"""A run saved on one mesh resumes on another: other devices, other axes, the same rows in the same order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tfm.config import (
+    Config,
+    DataConfig,
+    DecodingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    TransformerConfig,
+)
+from tfm.training.average import run_checkpoints
+from tfm.training.loop import train
+from tfm.training.run_folder import RunFolder
+
+pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason='needs 8 devices: tests/test_multi_device.py has them')
+
+
+def config_of(steps: int, **mesh) -> Config:
+  return Config(
+      model=TransformerConfig(encoder_layers=1, decoder_layers=1, d_model=16, d_ff=32, num_heads=4, dropout=0.1,
+                              vocab_multiple=8),
+      tokenizer=TokenizerConfig(kind='char', vocab_size=290),
+      data=DataConfig(limit=100, held_out=10, tokens_per_batch=512, buckets=2, max_length=32, width_multiple=8),
+      optimizer=OptimizerConfig(schedule='constant', learning_rate=1e-3, warmup_steps=2), mesh=MeshConfig(**mesh),
+      training=TrainingConfig(steps=steps, log_every=1, validate_every=9, checkpoint_every=3, validation_sentences=2,
+                              samples=1, reuse_memory=False),
+      decoding=DecodingConfig(beam_size=1, extra_length=4))
+
+
+@pytest.fixture
+def on(monkeypatch, tmp_path):
+  """`on(4, steps, **mesh)`: go on with the run of this test on so many devices."""
+  everything = jax.devices()
+
+  def go_on(devices: int, steps: int, **mesh) -> Path:
+    monkeypatch.setattr(jax, 'devices', lambda: everything[:devices])
+    return train(config_of(steps, **mesh), str(tmp_path / 'run')).folder
+
+  return go_on
+
+
+@pytest.fixture(scope='module')
+def never_moved(tmp_path_factory):
+  """The same nine steps on one device."""
+  with pytest.MonkeyPatch.context() as patch:
+    first = jax.devices()[:1]
+    patch.setattr(jax, 'devices', lambda: first)
+    return figures(train(config_of(9), str(tmp_path_factory.mktemp('alone') / 'run')).folder)
+
+
+def figures(folder: Path):
+  arrays = run_checkpoints(RunFolder(folder), RunFolder(folder).read_config()).restore_arrays(9)
+  return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()], arrays
+
+
+@pytest.mark.parametrize('stations', [
+    [(8, dict()), (4, dict()), (1, dict())],
+    [(1, dict()), (8, dict(fsdp=4, tensor=2)), (4, dict(context=4))],
+    [(8, dict(data=1, fsdp=2, tensor=2, context=2)), (8, dict(data=4, context=2)), (2, dict(compiler='pmap'))]])
+def test_a_run_that_moves_trains_like_one_that_stays(on, never_moved, stations):
+  for leg, (devices, mesh) in enumerate(stations):
+    if mesh.get('compiler') == 'pmap':
+      continue  # draws other dropout; that it resumes at all is what is asked of it
+    folder = on(devices, 3 * (leg + 1), **mesh)
+  if len(stations) == 3 and stations[2][1].get('compiler') == 'pmap':
+    on(2, 9, compiler='pmap')
+    return
+  records, arrays = figures(folder)
+  expected, weights = never_moved
+  assert [(record['kind'], record['step']) for record in records] == [(r['kind'], r['step']) for r in expected]
+  for record, other in zip(records, expected):
+    assert record.get('tokens') == other.get('tokens')  # the same rows
+    if record['kind'] == 'train':
+      np.testing.assert_allclose(record['loss'], other['loss'], rtol=1e-5)
+  assert arrays.keys() == weights.keys()
+  for name, array in arrays.items():
+    np.testing.assert_allclose(array, weights[name], atol=1e-5, err_msg=name)

@@ -1,0 +1,68 @@
+"""What every section of the config is made of: fields whose types are checked, and the way to and from JSON values."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal
+
+from tfm.errors import UserError
+
+
+class ConfigError(UserError):
+  """A configuration that cannot work; the message says which fields disagree and what to do."""
+
+
+def require(condition: bool, sentence: str) -> None:
+  if not condition:
+    raise ConfigError(sentence)
+
+
+class Section:
+  """A frozen dataclass that checks the type of every field, then its own rules (`check`), when it is built."""
+
+  def __post_init__(self):
+    hints = typing.get_type_hints(type(self))
+    for name, value in vars(self).copy().items():
+      object.__setattr__(self, name, _check_type(hints[name], value, f'{type(self).__name__}.{name}'))
+    self.check()
+
+  def check(self) -> None:
+    """Raise `ConfigError` where the fields do not go together."""
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+  """ "; did you mean 'x'?" for the closest of `names`, or nothing."""
+  close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+  return f"; did you mean '{close[0]}'?" if close else ''
+
+
+def build(cls, values: dict[str, Any], where: str):
+  require(isinstance(values, dict), f'{where} should be a table of fields, not {values!r}.')
+  types_ = typing.get_type_hints(cls)
+  for name in values:
+    require(name in types_, f"{where} has no field '{name}'{nearest(name, types_)}")
+  arguments = {}
+  for name, value in values.items():
+    if dataclasses.is_dataclass(types_[name]):
+      arguments[name] = build(types_[name], value, f'{where}.{name}')
+    else:
+      arguments[name] = _check_type(types_[name], value, f'{where}.{name}')
+  return cls(**arguments)
+
+
+def _check_type(kind, value, where: str):
+  origin, options = typing.get_origin(kind), typing.get_args(kind)
+  if dataclasses.is_dataclass(kind):
+    require(isinstance(value, kind), f'{where} is {value!r}; give a {kind.__name__}.')
+    return value
+  if origin is Literal:
+    require(value in options, f'{where} is {value!r}; choose one of {", ".join(map(repr, options))}.')
+    return value
+  allowed = options if origin in (types.UnionType, typing.Union) else (kind,)
+  if float in allowed and type(value) is int:
+    return float(value)
+  require(type(value) in allowed, f'{where} is {value!r}, which is not {" or ".join(t.__name__ for t in allowed)}.')
+  return value
