@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from tfm.config import Config, ConfigError, TransformerConfig
+from tfm.config import Config, ConfigError, DataConfig, TransformerConfig
 from tfm.models.build import build_model, initialize
 from tfm.parallel import rules
 from tfm.parallel.mesh import AXES
@@ -28,7 +28,8 @@ def mesh_of(*sizes: int) -> AbstractMesh:
 
 
 def state_of(model_config: TransformerConfig, vocab: int = 40):
-  config, model = Config(model=model_config), build_model(model_config, vocab, vocab)
+  config = Config(model=model_config, data=DataConfig(max_length=16))
+  model = build_model(model_config, vocab, vocab)
   return jax.eval_shape(lambda: new_state(config, model, initialize(model, jax.random.key(0))))
 
 

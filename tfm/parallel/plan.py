@@ -110,7 +110,7 @@ class Plan:
     own, best = self.estimate, self.best
     if own.mesh == best.mesh:
       return 'no other split is estimated to be faster'
-    return (f'{_axes(best.mesh)} is estimated at {best.roofline.serial * 1e3:.2f} ms and '
+    return (f'for the same rows {_axes(best.mesh)} is estimated at {best.roofline.serial * 1e3:.2f} ms and '
             f'{best.memory.total / 2**30:.2f} GiB (this one: {own.roofline.serial * 1e3:.2f} ms, '
             f'{own.memory.total / 2**30:.2f} GiB)')
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import math
@@ -145,7 +146,10 @@ class _Loop:
       height = len(batch.source_BxS)
       batch = place_batch(batch, part * height, parts * height, self.mesh)
     # Nothing may move between host and device unseen: that would stall every step.
-    with jax.set_mesh(self.mesh), jax.transfer_guard('allow' if self.pmap else 'disallow'):
+    with contextlib.ExitStack() as around:
+      if not self.pmap:
+        around.enter_context(jax.set_mesh(self.mesh))
+        around.enter_context(jax.transfer_guard('disallow'))
       self.state, metrics = self.compiled(self.state, batch)
     self._read_pending()
     self.pending = index + 1, metrics

@@ -71,7 +71,8 @@ def chunked_token_sums(unembed: Callable[[Any, jax.Array], jax.Array], params: A
     hidden_BxTxD, labels_BxT, weights_BxT, smoothing, vocab_size: see `token_sums`.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(name for name in ('data', 'fsdp', 'context') if name in mesh.axis_names and mesh.shape[name] > 1)
+  axes = tuple(name for name in (*BATCH_AXES, 'context')
+               if mesh.shape.get(name, 1) > 1 and name not in mesh.manual_axes)
   shards = math.prod(mesh.shape[name] for name in axes)
   B = labels_BxT.shape[0] // math.prod(mesh.shape[name] for name in axes if name in BATCH_AXES)
   logits = labels_BxT.size * vocab_size // shards
