@@ -14,7 +14,7 @@ from tfm.config import Config
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
 CODE = re.compile(r'`([^`\n]+)`')
-FIELD = re.compile(r'(?:--)?((?:model|tokenizer|data|optimizer|training|decoding)\.\w+)$')
+FIELD = re.compile(r'(?:--)?((?:model|tokenizer|data|optimizer|mesh|training|decoding)\.\w+)$')
 
 each_document = pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)
 

@@ -19,8 +19,9 @@ def test_every_file_that_needs_devices_is_listed():
 
 @pytest.mark.parametrize('file', FILES)
 def test_with_eight_devices(file):
+  environment = {name: value for name, value in os.environ.items() if not name.startswith('PYTEST_')}
   flags = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-  command = [sys.executable, '-m', 'pytest', '-p', 'no:xdist', '-p', 'no:cacheprovider', str(TESTS / file)]
-  found = subprocess.run(command, env={**os.environ, 'XLA_FLAGS': flags}, capture_output=True, text=True, timeout=1800)
+  command = [sys.executable, '-m', 'pytest', '-n', '0', '-p', 'no:cacheprovider', str(TESTS / file)]
+  found = subprocess.run(command, env={**environment, 'XLA_FLAGS': flags}, capture_output=True, text=True, timeout=1800)
   assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
   assert 'skipped' not in found.stdout.splitlines()[-1], found.stdout[-2000:]
