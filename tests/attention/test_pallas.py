@@ -9,6 +9,7 @@ import pytest
 
 from tfm.attention import masks, pallas
 from tfm.attention.attend import Request, attend, for_platform
+from tfm.parallel.mesh import AXES
 
 T, S = 128, 256
 LENGTHS = masks.lengths(jnp.array([5, 0]))
@@ -75,9 +76,16 @@ def test_it_refuses_exactly_the_positions_that_leave_a_query_without_keys():
         assert (pallas.supports(Request.of(*shapes(), mask)) is None) == complete, (offset, mask)
 
 
-def test_it_refuses_a_mesh_and_other_platforms():
-  mesh = jax.sharding.AbstractMesh((2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
-  with for_platform('tpu'), jax.sharding.use_abstract_mesh(mesh):
-    assert 'partition its kernel over a mesh' in pallas.supports(Request.of(*shapes()))
+def test_it_refuses_what_a_mesh_cannot_share_out_and_other_platforms():
+  def reason(sizes, names=AXES):
+    mesh = jax.sharding.AbstractMesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))
+    with for_platform('tpu'), jax.sharding.use_abstract_mesh(mesh):
+      return pallas.supports(Request.of(*shapes()))
+
+  assert reason((2, 1, 1, 1)) is None
+  assert 'there is no mesh with the axes' in reason((2,), ('data',))
+  assert '2 rows cannot be shared out over 4 devices' in reason((2, 2, 1, 1))
+  assert '1 key/value heads cannot be shared out over 2 devices' in reason((1, 1, 2, 1))
+  assert 'use ring' in reason((1, 1, 1, 2))
   with for_platform('gpu'):
     assert 'for TPUs, not for gpu' in pallas.supports(Request.of(*shapes()))

@@ -6,16 +6,15 @@ segment ids. Of a query without any key the kernel makes a mean of values, which
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from tfm.attention.attend import Request
 from tfm.attention.masks import AttentionMask
-
-if TYPE_CHECKING:
-  from tfm.attention.attend import Request
+from tfm.attention.sharded import WHOLE, mask_specs, sharded_refusal
 
 BLOCKS = 512, 256, 128
 """Queries and keys at a time: the largest that divides both lengths (a TPU register is 128 wide)."""
@@ -41,7 +40,8 @@ def supports(request: Request) -> str | None:
        'by position alone some queries have no key, which it leaves undefined'),
       (mask.lengths_B is not None and mask.query_segments_BxT is not None,
        'lengths and segments both need its segment ids; number the padding as a segment of its own instead'),
-      (request.partitioned, 'the compiler cannot partition its kernel over a mesh; use blockwise')):
+      (request.context > 1, 'it cannot share out the sequence over the mesh axis context; use ring'),
+      (request.partitioned, sharded_refusal(request) if request.partitioned else None)):
     if condition:
       return reason
   return None
@@ -57,11 +57,22 @@ def attend(
     interpret: bool = False,
 ) -> jax.Array:
   """As `dot_product.attend`, for requests that `supports` accepts. `interpret` runs the kernel without a TPU."""
+  mask = AttentionMask() if mask is None else mask
+  here = functools.partial(_attend_here, scale, int(mask.shift), interpret)
+  mask = mask.replace(offset=None)  # an argument of a transformed function would be traced
+  if Request.of(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask).partitioned:
+    # The compiler cannot cut a kernel, so each device is given its rows and heads.
+    here = jax.shard_map(here, in_specs=(WHOLE, WHOLE, WHOLE, mask_specs(mask, sequence=None)), out_specs=WHOLE,
+                         check_vma=False)
+  return here(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask)
+
+
+def _attend_here(scale, offset, interpret, q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask):
   from jax.experimental.pallas.ops.tpu import splash_attention as splash  # experimental, so only when it is used
 
+  mask = mask.replace(offset=offset)
   B, T, H, C = q_BxTxHxC.shape
   S = k_BxSxKxC.shape[1]
-  mask = AttentionMask() if mask is None else mask
   block = next(block for block in BLOCKS if T % block == S % block == 0)
   sizes = splash.BlockSizes(
       block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,

@@ -23,10 +23,8 @@ from jax.sharding import PartitionSpec
 from tfm.attention import masks
 from tfm.attention.attend import AttentionError, Request
 from tfm.attention.masks import AttentionMask
+from tfm.attention.sharded import BATCH, CONTEXT, HEADED, HEADS, context_size, mask_specs, sharded_refusal
 
-CONTEXT, BATCH, HEADS = 'context', ('data', 'fsdp'), 'tensor'
-HEADED = PartitionSpec(BATCH, CONTEXT, HEADS)
-"""How queries, keys, values and the output lie on the mesh."""
 LSE = PartitionSpec(CONTEXT, BATCH, HEADS)
 """How the log-sum-exp of the scores, NxBxKxGxT, does: in the order of the blocks, from forward to backward."""
 LONGEST_BLOCK, SHORTEST_BLOCK = 256, 64
@@ -80,32 +78,6 @@ def supports(request: Request) -> str | None:
   return None
 
 
-def sharded_refusal(request: Request) -> str | None:
-  """What no sequence-sharded attention can do, on the mesh that is set: the end of a sentence, or None."""
-  if request.needs_whole_pattern is not None:
-    return request.needs_whole_pattern
-  mesh = jax.sharding.get_abstract_mesh()
-  missing = {CONTEXT, HEADS, *BATCH} - set(mesh.axis_names)
-  if missing:
-    return f'there is no mesh with the axes {", ".join(sorted(missing))}; set one with jax.set_mesh'
-  if mesh.manual_axes:
-    return f'the mesh axes {", ".join(mesh.manual_axes)} are manual here; call it outside of shard_map and pmap'
-  rows, tensor = mesh.shape[BATCH[0]] * mesh.shape[BATCH[1]], mesh.shape[HEADS]
-  if request.heads % request.key_heads:
-    return f'{request.heads} query heads cannot share {request.key_heads} key/value heads; make one divide the other'
-  if request.key_heads % tensor:
-    return (f'{request.key_heads} key/value heads cannot be shared out over {tensor} devices of the mesh axis {HEADS}; '
-            f'make them a multiple, or the axis smaller')
-  if request.batch % rows:
-    return (f'{request.batch} rows cannot be shared out over {rows} devices of the mesh axes {" and ".join(BATCH)}; '
-            f'make the batch a multiple')
-  return None
-
-
-def context_size() -> int:
-  return jax.sharding.get_abstract_mesh().shape[CONTEXT]
-
-
 def blocks_computed(mask: AttentionMask, T: int, devices: int, *, zigzag: bool | None = None) -> np.ndarray:
   """Pairs of blocks each device computes at each step of the ring, by the kernel's own test: int, devices x steps.
 
@@ -115,17 +87,6 @@ def blocks_computed(mask: AttentionMask, T: int, devices: int, *, zigzag: bool |
   starts = [np.asarray(deal.starts(device, deal.key_piece, deal.key_block)) for device in range(devices)]
   return np.array([[np.sum(_visible(deal, mask, starts[device][:, None], starts[device - step]))
                     for step in range(devices)] for device in range(devices)])
-
-
-def mask_specs(mask: AttentionMask, sequence: str | None = CONTEXT) -> AttentionMask:
-  """A mask of partition specs, with segments sharded over `sequence`; what is not set is not there in either."""
-  def given(array, *axes):
-    return None if array is None else PartitionSpec(*axes)
-
-  return mask.replace(
-      offset=PartitionSpec(), prefix_B=given(mask.prefix_B, BATCH), lengths_B=given(mask.lengths_B, BATCH),
-      query_segments_BxT=given(mask.query_segments_BxT, BATCH, sequence),
-      key_segments_BxS=given(mask.key_segments_BxS, BATCH, sequence))
 
 
 class Deal(NamedTuple):

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from tfm.attention import blockwise, dot_product, masks
 from tfm.attention.attend import AttentionError, Request
 from tfm.attention.masks import AttentionMask
-from tfm.attention.ring import BATCH, CONTEXT, HEADED, HEADS, context_size, mask_specs, sharded_refusal
+from tfm.attention.sharded import BATCH, CONTEXT, HEADED, HEADS, context_size, mask_specs, sharded_refusal
 
 LONG = 2048
 """From this many keys on, the scores are not held in whole."""
