@@ -24,6 +24,7 @@ from tfm.config import (
   Config,
   DataConfig,
   DecodingConfig,
+  MeshConfig,
   OptimizerConfig,
   TokenizerConfig,
   TrainingConfig,
@@ -371,14 +372,15 @@ def test_what_to_average_is_said_once(use, numbers_run, tmp_path):
 
 VALUES = Config(
     model=TransformerConfig(3, 4, 60, 70, 5, 7, 9, 'pre', 1e-3, 'learned', 300, 'target', False, 0.25, 0.5, 0.75,
-                            'bfloat16', True, 'dots'),
+                            'reference', 'bfloat16', 4, True, 'dots'),
     tokenizer=TokenizerConfig('unigram', 555, False),
-    data=DataConfig(source='fr', target='ja', limit=5000, held_out=77, tokens_per_batch=2048, buckets=3, max_length=99,
-                    over_long='truncate'),
+    data=DataConfig(source='fr', target='ja', limit=5000, held_out=77, tokens_per_batch=2048, rows_multiple=12,
+                    width_multiple=14, buckets=3, max_length=98, over_long='truncate'),
     optimizer=OptimizerConfig('cosine', 2e-3, 123, 0.8, 0.95, 1e-7, 1.5, 0.2),
-    training=TrainingConfig(111, 5, 2, 7, 40, 9, 3, 20, 6, 2, 'bleu', 4, False),
+    mesh=MeshConfig(2, 3, 5, 7), training=TrainingConfig(111, 5, 2, 7, 40, 9, 3, 20, 6, 2, 'bleu', 4, False),
     decoding=DecodingConfig(6, 0.9, 'power', 'full', 33, 44, 4321))
-FILES = Config(data=DataConfig('files', limit=None, held_out=None, root='r', train='tr', validation='va', test='te'))
+FILES = Config(data=DataConfig('files', limit=None, held_out=None, root='r', train='tr', validation='va', test='te'),
+               mesh=MeshConfig(compiler='pmap'))
 """Between them they set every leaf to something other than its default."""
 
 

@@ -58,7 +58,7 @@ LEAVES = {
     'data.limit': (500, 'data'), 'data.held_out': (30, 'data'), 'data.root': ('other', 'data'),
     'data.train': ('val', 'data'), 'data.validation': ('train', 'data'), 'data.test': ('train', 'data'),
     'data.tokens_per_batch': (1024, 'data'), 'data.buckets': (3, 'data'), 'data.max_length': (30, 'data'),
-    'data.over_long': ('truncate', 'data'), 'data.rows_multiple': (64, 'loop'), 'data.width_multiple': (16, 'data'),
+    'data.over_long': ('truncate', 'data'), 'data.rows_multiple': (4, 'loop'), 'data.width_multiple': (16, 'data'),
     'mesh.data': (2, 'mesh'), 'mesh.fsdp': (2, 'mesh'), 'mesh.tensor': (2, 'mesh'), 'mesh.context': (2, 'mesh'),
     'mesh.compiler': ('pmap', 'mesh'),
     'optimizer.schedule': ('linear', 'step'), 'optimizer.learning_rate': (2.0, 'step'),

@@ -35,8 +35,9 @@ def names_in(file: Path) -> set[str]:
   """Everything that a file defines: functions, classes and methods at any depth, and names at the top."""
   tree = ast.parse(file.read_text())
   defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-  return defined | {target.id for node in tree.body if isinstance(node, ast.Assign) for targets in node.targets
-                    for target in ast.walk(targets) if isinstance(target, ast.Name)}
+  assigned = [target for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)
+              for target in getattr(node, 'targets', [getattr(node, 'target', None)])]
+  return defined | {name.id for target in assigned for name in ast.walk(target) if isinstance(name, ast.Name)}
 
 
 def config_fields() -> set[str]:

@@ -13,9 +13,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tfm.section import ConfigError, Section, build, nearest, require
-
-__all__ = ['ConfigError', 'nearest', 'require']
+from tfm.section import ConfigError as ConfigError
+from tfm.section import Section, build, require
+from tfm.section import nearest as nearest
 
 
 def require_fraction(name: str, value: float) -> None:

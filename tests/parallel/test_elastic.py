@@ -31,7 +31,7 @@ def config_of(steps: int, **mesh) -> Config:
       model=TransformerConfig(encoder_layers=1, decoder_layers=1, d_model=16, d_ff=32, num_heads=4, dropout=0.1,
                               vocab_multiple=8),
       tokenizer=TokenizerConfig(kind='char', vocab_size=290),
-      data=DataConfig(limit=100, held_out=10, tokens_per_batch=512, buckets=2, max_length=32, width_multiple=8),
+      data=DataConfig(limit=100, held_out=10, tokens_per_batch=512, buckets=1, max_length=32, width_multiple=8),
       optimizer=OptimizerConfig(schedule='constant', learning_rate=1e-3, warmup_steps=2), mesh=MeshConfig(**mesh),
       training=TrainingConfig(steps=steps, log_every=1, validate_every=9, checkpoint_every=3, validation_sentences=2,
                               samples=1, reuse_memory=False),

@@ -21,7 +21,8 @@ PLATFORMS = {'tpu': 'tpu', 'cuda': 'gpu'}
 
 
 def config_of(dtype: str, **model) -> Config:
-  model = TransformerConfig(encoder_layers=1, decoder_layers=1, d_model=128, d_ff=128, num_heads=2, dtype=dtype, **model)
+  sizes = dict(encoder_layers=1, decoder_layers=1, d_model=128, d_ff=128, num_heads=2)
+  model = TransformerConfig(**sizes, dtype=dtype, **model)
   return Config(model=model, data=DataConfig(width_multiple=128, max_length=WIDTH), mesh=MeshConfig())
 
 
