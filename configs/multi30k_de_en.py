@@ -9,10 +9,10 @@ three ways, peak rate 0.005, average of the last 10 checkpoints, beam 5. Not so:
 over 7,000 updates of 4,096 tokens (8,000 of 2 x 4,096, as 1/sqrt, there), and text stays cased and untokenised
 (lower-casing and Moses tokens are for scoring only).
 
-Test 2016, beam 5, after a short run, `--training.steps 3000 --optimizer.warmup-steps 500`, 58 minutes on one CPU core:
-BLEU 40.82 +- 1.66 (13a, cased), 41.11 +- 1.64 (lower-cased Moses tokens); the average of its last 5 checkpoints 40.47 and
-40.73. Validation, BLEU on 200 sentences at minute (update): 36.4 @20 (1,000), 41.4 @40, 41.8 @58 (3,000); nll 2.00, 1.72,
-1.66. The 7,000 updates have not been run.
+Test 2016, beam 5, after a short run (`--training.steps 3000 --optimizer.warmup-steps 500`, 58 minutes on one CPU core):
+BLEU 40.82 +- 1.66 (13a, cased), 41.11 +- 1.64 (lower-cased Moses tokens); the average of its last 5 checkpoints 40.47
+and 40.73. Validation, BLEU on 200 sentences at minute (update): 36.4 @20 (1,000), 41.4 @40, 41.8 @58 (3,000); nll
+2.00, 1.72, 1.66. The 7,000 updates have not been run.
 """
 
 from tfm.config import (
