@@ -194,7 +194,7 @@ def seen_in_decoding(config, folder, monkeypatch):
   model = build_model(config.model, both.source.vocab_size, both.target.vocab_size)
   calls = []
 
-  def record(model, search, length, params, source_BxS, limits_B, *rest):
+  def record(model, search, length, special, params, source_BxS, limits_B, *rest):
     calls.append((search, length, source_BxS.tolist(), limits_B.tolist()))
     B, M = source_BxS.shape[0], search.num_hypotheses
     return (jnp.full((B, M, length), EOS), jnp.ones((B, M), int), jnp.zeros((B, M)), jnp.zeros((B, M)),

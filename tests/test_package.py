@@ -20,7 +20,7 @@ FLOORS = [
     {'', 'errors', 'special_ids', 'section', 'config'},
     {'attention', 'decoding', 'parallel'},
     {'models', 'text', 'scores'},
-    {'analysis', 'training', 'translator', 'parallel.compile', 'parallel.estimate', 'parallel.plan'},
+    {'analysis', 'interop', 'training', 'translator', 'parallel.compile', 'parallel.estimate', 'parallel.plan'},
     {'pipeline', 'cli'},
 ]
 HEAVY = ('jax', 'flax', 'optax', 'orbax', 'numpy', 'tokenizers', 'sacrebleu', 'num2words', 'tyro', 'tqdm',

@@ -1,4 +1,4 @@
-"""The command line: `train.py`, and `tfm translate | evaluate | average | plan`."""
+"""The command line: `train.py`, and `tfm translate | evaluate | average | export | plan`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger('tfm')
 
 def main() -> None:
   """`tfm`: use a trained run, or plan one."""
-  commands = {'translate': translate, 'evaluate': evaluate, 'average': average, 'plan': plan}
+  commands = {'translate': translate, 'evaluate': evaluate, 'average': average, 'export': export, 'plan': plan}
   _run(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog='tfm', description='Use and plan runs.'))
 
 
@@ -292,6 +292,48 @@ def average(
   if sum(choice is not None for choice in (last, best, steps)) != 1:
     raise UserError('Give exactly one of --last, --best and --steps.')
   print(average_run(run, last=last, best=best, steps=steps, output=output))
+
+
+def export(
+    run: tyro.conf.Positional[str],
+    output: tyro.conf.Positional[Path],
+    /,
+    format: Literal['safetensors', 'ctranslate2', 'stablehlo'] = 'safetensors',
+    step: Step = None,
+    quantization: Literal['int8', 'int8_float32', 'int8_float16', 'int16', 'float16', 'float32'] | None = None,
+    platforms: tuple[Literal['cpu', 'cuda', 'rocm', 'tpu'], ...] = ('cpu', 'cuda', 'tpu'),
+    batch: int | None = None,
+) -> None:
+  """Write the weights in a form that other programs read (docs/export.md).
+
+  Args:
+    run: Run folder, or a release.
+    output: Folder to write; it must not exist.
+    format: safetensors: a release, which tfm.load opens too. ctranslate2: for that engine. stablehlo: a release and
+      programs that JAX runs without tfm.
+    step: Which checkpoint: a number, 'best' (of the validated ones), or the newest if left out.
+    quantization: ctranslate2: type of the weights; float32 if left out.
+    platforms: stablehlo: what the programs are lowered for.
+    batch: stablehlo: sentences in every call; any number if left out.
+  """
+  from tfm.interop.release import Release, write_release
+  from tfm.training.run_folder import RunFolder
+  if quantization is not None and format != 'ctranslate2':
+    raise UserError(f'--quantization has no effect with --format {format}; remove it.')
+  if format != 'stablehlo' and (batch is not None or platforms != ('cpu', 'cuda', 'tpu')):
+    raise UserError(f'--platforms and --batch have no effect with --format {format}; remove them.')
+  translator = _load(run, step)
+  tokenizers = translator.tokenizers
+  release = Release(RunFolder(run).read_config(), translator.params, tokenizers,
+                    (tokenizers.source.vocab_size, tokenizers.target.vocab_size))
+  if format == 'ctranslate2':
+    from tfm.interop.ctranslate2 import write_ctranslate2
+    print(write_ctranslate2(release, output, quantization))
+  elif format == 'stablehlo':
+    from tfm.interop.stablehlo import write_stablehlo
+    print(write_stablehlo(release, output, platforms, batch))
+  else:
+    print(write_release(release, output))
 
 
 def plan(

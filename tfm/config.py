@@ -13,97 +13,10 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tfm.model_config import TransformerConfig as TransformerConfig
 from tfm.section import ConfigError as ConfigError
-from tfm.section import Section, build, require
+from tfm.section import Section, build, require, require_fraction, require_positive
 from tfm.section import nearest as nearest
-
-
-def require_fraction(name: str, value: float) -> None:
-  require(0.0 <= value < 1.0, f'{name} is {value}; it is a probability, so give 0 <= {name} < 1.')
-
-
-def require_positive(owner: Any, *names: str) -> None:
-  for name in names:
-    value = getattr(owner, name)
-    require(value > 0, f'{name} is {value}; give a number above 0.')
-
-
-@dataclass(frozen=True)
-class TransformerConfig(Section):
-  """The encoder-decoder of "Attention Is All You Need" (Vaswani et al. 2017); defaults are the base model, Table 3."""
-
-  encoder_layers: int = 6
-  """N of the encoder (section 3.1)."""
-  decoder_layers: int = 6
-  """N of the decoder (section 3.1)."""
-  d_model: int = 512
-  """D, width of the residual stream."""
-  d_ff: int = 2048
-  """F, inner width of the feed-forward network (equation 2)."""
-  num_heads: int = 8
-  """H, attention heads per layer (section 3.2.2)."""
-  d_k: int | None = None
-  """C, width of a query/key head; None means d_model / num_heads."""
-  d_v: int | None = None
-  """Width of a value head; None means d_model / num_heads."""
-  norm: Literal['post', 'pre'] = 'post'
-  """'post': LayerNorm(x + Sublayer(x)) as published. 'pre': x + Sublayer(LayerNorm(x)), with a final LayerNorm."""
-  norm_epsilon: float = 1e-6
-  """Added to the variance in LayerNorm."""
-  positions: Literal['sinusoidal', 'learned'] = 'sinusoidal'
-  """Section 3.5: interleaved sines and cosines, or a learned table (Table 3, row E)."""
-  max_positions: int | None = None
-  """Rows of the learned position table; None with sinusoidal positions, which have no limit."""
-  tying: Literal['none', 'target', 'all'] = 'all'
-  """Shared matrices (section 3.4): 'target' target embedding = output projection; 'all' also the source embedding."""
-  scale_embeddings: bool = True
-  """Multiply embeddings by sqrt(d_model) (section 3.4)."""
-  dropout: float = 0.1
-  """P_drop on every sub-layer output and on embedding + position (section 5.4)."""
-  attention_dropout: float = 0.0
-  """Dropout on the attention pattern; not in the paper's text, common in toolkits."""
-  activation_dropout: float = 0.0
-  """Dropout after the ReLU; not in the paper's text, common in toolkits."""
-  attention_backend: Literal['auto', 'reference', 'blockwise', 'cudnn', 'pallas', 'ring', 'ulysses'] = 'auto'
-  """Kernel for whole sequences; 'auto' takes the first that can do what is asked and logs which, another name is an
-  error where it cannot. Steps of decoding, one token after cached ones, are always 'auto'."""
-  dtype: Literal['float32', 'bfloat16'] = 'float32'
-  """Type of the computation; parameters, softmax, logits and loss are float32 always."""
-  vocab_multiple: int = 1
-  """Rows of the embedding tables are rounded up to a multiple of this, so that mesh.tensor divides them; the rows
-  beyond the vocabulary are never predicted."""
-  scan_layers: bool = False
-  """One compiled layer looped over stacked parameters (compiles faster) instead of N layers in a row."""
-  remat: Literal['none', 'full', 'dots'] = 'none'
-  """What the backward pass recomputes: nothing, everything in a layer, or all but the matrix products."""
-
-  def check(self):
-    require_positive(self, 'encoder_layers', 'decoder_layers', 'd_model', 'd_ff', 'num_heads', 'norm_epsilon',
-                     'vocab_multiple')
-    for name in ('dropout', 'attention_dropout', 'activation_dropout'):
-      require_fraction(name, getattr(self, name))
-    for name in ('d_k', 'd_v'):
-      width = getattr(self, name)
-      require(width is not None or self.d_model % self.num_heads == 0,
-              f'd_model {self.d_model} is not divisible by num_heads {self.num_heads}; change one or set d_k and d_v.')
-      require(width is None or width > 0, f'{name} is {width}; give a number above 0 or None.')
-    require(self.attention_dropout == 0 or self.attention_backend in ('auto', 'reference'),
-            f"attention_backend='{self.attention_backend}' never holds the pattern that attention_dropout "
-            f"{self.attention_dropout} would drop from; set it to 'auto' or attention_dropout to 0.")
-    require(self.positions != 'sinusoidal' or self.d_model % 2 == 0,
-            f"positions='sinusoidal' pairs sines with cosines, so d_model must be even, not {self.d_model}.")
-    require(self.positions != 'learned' or (self.max_positions or 0) > 0,
-            "positions='learned' needs a table size: set max_positions to the longest sequence in tokens.")
-    require(self.positions != 'sinusoidal' or self.max_positions is None,
-            "max_positions has no effect with positions='sinusoidal'; remove it or choose positions='learned'.")
-
-  @property
-  def key_width(self) -> int:
-    return self.d_k or self.d_model // self.num_heads
-
-  @property
-  def value_width(self) -> int:
-    return self.d_v or self.d_model // self.num_heads
 
 
 @dataclass(frozen=True)
@@ -149,7 +62,7 @@ class DataConfig(Section):
   tokens_per_batch: int = 4096
   """Token budget of a batch: rows x width of its bucket, padding included, for the longer of the two sides."""
   rows_multiple: int = 8
-  """Rows of every batch are a multiple of this; micro-batches x data x fsdp devices must divide it."""
+  """Rows of every batch are a multiple of this; micro-batches x data x fsdp x expert devices must divide it."""
   width_multiple: int = 2
   """Widths of every batch are a multiple of this; 2 x context devices must divide it."""
   buckets: int = 4
@@ -188,6 +101,8 @@ class MeshConfig(Section):
   """Copies of the model, each with its own rows of the batch."""
   fsdp: int = 1
   """Likewise rows of the batch, and the parameters and their moments are sharded too (ZeRO-3)."""
+  expert: int = 1
+  """Likewise rows of the batch, and the experts of every layer are shared out (GShard)."""
   tensor: int = 1
   """Heads, feed-forward units and vocabulary are shared out (Megatron-LM)."""
   context: int = 1
@@ -196,13 +111,13 @@ class MeshConfig(Section):
   """'jit' over the mesh; 'pmap': the classic front for data parallelism, of one process, over the same step."""
 
   def check(self):
-    sizes = {name: getattr(self, name) for name in ('data', 'fsdp', 'tensor', 'context')}
+    sizes = {name: getattr(self, name) for name in ('data', 'fsdp', 'expert', 'tensor', 'context')}
     for name, size in sizes.items():
       require(size > 0 or size == -1, f'mesh.{name} is {size}; give a number of devices, or -1 for the rest.')
     rest = [f'mesh.{name}' for name, size in sizes.items() if size == -1]
     require(len(rest) < 2, f'{" and ".join(rest)} are both -1; only one axis can take the rest of the devices.')
-    require(self.compiler == 'jit' or self.fsdp == self.tensor == self.context == 1,
-            "mesh.compiler='pmap' knows the data axis alone; set fsdp, tensor and context to 1 or use 'jit'.")
+    require(self.compiler == 'jit' or self.fsdp == self.expert == self.tensor == self.context == 1,
+            "mesh.compiler='pmap' knows the data axis alone; set the others to 1 or use 'jit'.")
 
 
 @dataclass(frozen=True)
@@ -328,6 +243,9 @@ class Config(Section):
     require(self.mesh.context < 2 or self.data.max_length % self.data.width_multiple == 0,
             f'data.max_length {self.data.max_length} is not a multiple of data.width_multiple '
             f'{self.data.width_multiple}, so the widest batches could not be cut by mesh.context; raise it.')
+    require(self.mesh.expert == 1 or self.model.experts > 0,
+            f'mesh.expert={self.mesh.expert} shares out experts, but model.experts is 0; set it, or leave mesh.expert '
+            'at 1.')
     require(self.data.rows_multiple % self.training.accumulate == 0,
             f'training.accumulate {self.training.accumulate} does not divide data.rows_multiple '
             f'{self.data.rows_multiple}; change one.')

@@ -20,6 +20,16 @@ def require(condition: bool, sentence: str) -> None:
     raise ConfigError(sentence)
 
 
+def require_fraction(name: str, value: float) -> None:
+  require(0.0 <= value < 1.0, f'{name} is {value}; it is a probability, so give 0 <= {name} < 1.')
+
+
+def require_positive(owner: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(owner, name)
+    require(value > 0, f'{name} is {value}; give a number above 0.')
+
+
 class Section:
   """A frozen dataclass that checks the type of every field, then its own rules (`check`), when it is built."""
 

@@ -19,7 +19,7 @@ from tfm.errors import UserError
 from tfm.models.build import with_layout
 from tfm.models.layout import to_layout
 from tfm.models.transformer import EncoderDecoder
-from tfm.special_ids import BOS, EOS, PAD
+from tfm.special_ids import OURS, SpecialIds
 from tfm.text.tokenizer import Tokenizers
 
 
@@ -99,13 +99,15 @@ class Translator:
     model, params: the model and its parameters, in either layout; decoding unrolls the layers.
     tokenizers: of source and target.
     decoding: the defaults of `translate`.
+    special: how the model wants its sequences framed.
   """
 
-  def __init__(self, model: EncoderDecoder, params: Any, tokenizers: Tokenizers, decoding: DecodingConfig):
+  def __init__(self, model: EncoderDecoder, params: Any, tokenizers: Tokenizers, decoding: DecodingConfig,
+               special: SpecialIds = OURS):
     self.model = with_layout(model, False)
     self.params = jax.tree.map(jnp.asarray, to_layout(params, 'unrolled'))
     self.tokenizers = tokenizers
-    self.decoding = decoding
+    self.decoding, self.special = decoding, special
 
   def translate(
       self,
@@ -197,8 +199,10 @@ class Translator:
     sources = self.tokenizers.source.encode_batch([sentences[i] for i in indices])
     prefixes = self.tokenizers.target.encode_batch([target_prefix[i] for i in indices]) if target_prefix else (
         [[]] * len(indices))
-    jobs = [_Job(offset + i, source + [EOS], prefix) for i, source, prefix in zip(indices, sources, prefixes)]
-    table, refused = self.model.config.max_positions, self.decoding.max_source_length
+    s = self.special
+    jobs = [_Job(offset + i, [*s.source_prefix, *source, *s.source_suffix], [*s.forced, *prefix])
+            for i, source, prefix in zip(indices, sources, prefixes)]
+    table, refused = self.model.config.longest, self.decoding.max_source_length
     for job in jobs:
       length = len(job.source)
       if refused is not None and length > refused:
@@ -218,7 +222,7 @@ class Translator:
   def _limit(self, job: _Job) -> int:
     """Most tokens of a translation, </s> included (section 6.1 of the paper: input length + 50)."""
     limit = len(job.source) + self.decoding.extra_length
-    return min(limit, self.model.config.max_positions or limit)
+    return min(limit, self.model.config.longest or limit)
 
   def _batches(self, jobs: list[_Job], search: _Search) -> Iterator[list[_Job]]:
     """Sentences of about one length together, so that a batch is little padding and shapes are few."""
@@ -232,10 +236,10 @@ class Translator:
 
   def _decode(self, batch: list[_Job], search: _Search, seed: int, with_attention: bool) -> list[list[Hypothesis]]:
     width = _rounded(max(len(job.source) for job in batch))
-    table = self.model.config.max_positions
+    table = self.model.config.longest
     width = min(width, table or width)
     rows = 1 << (len(batch) - 1).bit_length()  # a power of two: few shapes to compile
-    source_BxS = _padded([job.source for job in batch], rows, width)
+    source_BxS = _padded([job.source for job in batch], rows, width, self.special.pad)
     limits_B = np.zeros(rows, np.int32)
     limits_B[:len(batch)] = [self._limit(job) for job in batch]
     longest = width + self.decoding.extra_length
@@ -243,16 +247,16 @@ class Translator:
     if any(job.prefix for job in batch):
       lengths_B = np.zeros(rows, np.int32)
       lengths_B[:len(batch)] = [len(job.prefix) for job in batch]
-      prefix = _padded([job.prefix for job in batch], rows, _rounded(int(lengths_B.max()))), lengths_B
+      prefix = _padded([job.prefix for job in batch], rows, _rounded(int(lengths_B.max())), self.special.pad), lengths_B
     indices_B = np.zeros(rows, np.int32)
     indices_B[:len(batch)] = [job.index for job in batch]
     tokens_BxMxL, lengths_BxM, log_prob_BxM, scores_BxM, finished_BxM = jax.device_get(
-        _run_search(self.model, search, min(longest, table or longest), self.params, source_BxS, limits_B, prefix,
-                    jax.random.key(seed), indices_B))
+        _run_search(self.model, search, min(longest, table or longest), self.special, self.params, source_BxS,
+                    limits_B, prefix, jax.random.key(seed), indices_B))
     attention = None
     if with_attention:
-      attention = [jax.device_get(cross_attention(self.model, self.params, source_BxS, _shifted(tokens_BxMxL[:, m])))
-                   for m in range(search.num_hypotheses)]
+      inputs = [_shifted(tokens_BxMxL[:, m], self.special.start) for m in range(search.num_hypotheses)]
+      attention = [jax.device_get(cross_attention(self.model, self.params, source_BxS, ids_BxT)) for ids_BxT in inputs]
     target = self.tokenizers.target
     results = []
     for b, job in enumerate(batch):
@@ -268,15 +272,17 @@ class Translator:
 
   def with_params(self, params: Any) -> Translator:
     """The same translator with other weights (compiled searches are shared)."""
-    return Translator(self.model, params, self.tokenizers, self.decoding)
+    return Translator(self.model, params, self.tokenizers, self.decoding, self.special)
 
   def with_decoding(self, **changes: Any) -> Translator:
     """The same translator with other decoding settings, by field name of `DecodingConfig`."""
-    return Translator(self.model, self.params, self.tokenizers, replace(self.decoding, **changes))
+    return Translator(self.model, self.params, self.tokenizers, replace(self.decoding, **changes),
+                      self.special)
 
 
-@partial(jax.jit, static_argnames=('model', 'search', 'length'))
-def _run_search(model, search: _Search, length: int, params, source_BxS, limits_B, prefix, key, indices_B):
+@partial(jax.jit, static_argnames=('model', 'search', 'length', 'special'))
+def _run_search(model, search: _Search, length: int, special: SpecialIds, params, source_BxS, limits_B, prefix, key,
+                indices_B):
   """tokens_BxMxL, lengths_BxM, log_prob_BxM, scores_BxM, finished_BxM of the `num_hypotheses` best."""
   variables = {'params': params}
   B, M = source_BxS.shape[0], search.beam_size
@@ -289,12 +295,12 @@ def _run_search(model, search: _Search, length: int, params, source_BxS, limits_
   prefix_BxP, prefix_lengths_B = (None, None) if prefix is None else prefix
   if search.temperature is None:
     found = beam_search(step, cache, limits_B, length, M, search.num_hypotheses, search.length_penalty,
-                        search.length_penalty_form, search.stop, prefix_BxP, prefix_lengths_B)
+                        search.length_penalty_form, search.stop, prefix_BxP, prefix_lengths_B, special)
     return (found.tokens_BxMxL, found.lengths_BxM, found.log_prob_BxM, found.scores_BxM, found.finished_BxM)
   keys_R = sentence_keys(key, indices_B, M)
   repeat = partial(jax.tree.map, lambda rows: jnp.repeat(rows, M, axis=0))
   found = sample(step, cache, repeat(limits_B), length, keys_R, search.temperature, search.top_k, search.top_p,
-                 repeat(prefix_BxP), repeat(prefix_lengths_B))
+                 repeat(prefix_BxP), repeat(prefix_lengths_B), special)
   tokens, lengths, log_prob, finished = jax.tree.map(
       lambda x: x.reshape((B, M) + x.shape[1:]),
       (found.tokens_BxL, found.lengths_B, found.log_prob_B, found.finished_B))
@@ -309,13 +315,13 @@ def _rounded(length: int) -> int:
   return max(step, -(-length // step) * step)
 
 
-def _padded(rows_of_ids: list[list[int]], rows: int, width: int) -> np.ndarray:
-  array = np.full((rows, width), PAD, np.int32)
+def _padded(rows_of_ids: list[list[int]], rows: int, width: int, pad: int) -> np.ndarray:
+  array = np.full((rows, width), pad, np.int32)
   for row, ids in enumerate(rows_of_ids):
     array[row, :len(ids)] = ids
   return array
 
 
-def _shifted(tokens_BxL: np.ndarray) -> np.ndarray:
-  """The decoder's inputs that produced these tokens: shifted right behind <s>."""
-  return np.concatenate([np.full_like(tokens_BxL[:, :1], BOS), tokens_BxL[:, :-1]], axis=1)
+def _shifted(tokens_BxL: np.ndarray, start: int) -> np.ndarray:
+  """The decoder's inputs that produced these tokens: shifted right behind the first."""
+  return np.concatenate([np.full_like(tokens_BxL[:, :1], start), tokens_BxL[:, :-1]], axis=1)

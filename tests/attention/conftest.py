@@ -52,17 +52,18 @@ def draw(T=T, S=S, H=H, K=K, C=C, value_width=C, dtype=jnp.float32, batch=B):
   return [jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes]
 
 
-def results(attend, q, k, v, d_z, mask, **options):
-  """Output and gradients of queries, keys and values, compiled; the mask's arrays are traced."""
+def results(attend, q, k, v, d_z, mask, sinks_H=None, **options):
+  """Output and gradients of queries, keys, values and sinks, compiled; the mask's arrays are traced."""
   # jit would trace an offset that is a number, too.
   static = {} if mask is None or not isinstance(mask.offset, int) else dict(offset=mask.offset)
 
-  def run(q, k, v, d_z, mask):
+  def run(q, k, v, d_z, mask, sinks):
     mask = None if mask is None else mask.replace(**static)
-    z, pull = jax.vjp(lambda q, k, v: attend(q, k, v, mask, **options), q, k, v)
-    return z, *pull(d_z)
+    z, pull = jax.vjp(lambda q, k, v, sinks: attend(q, k, v, mask, **sinks, **options), q, k, v, sinks)
+    d_q, d_k, d_v, d_sinks = pull(d_z)
+    return z, d_q, d_k, d_v, *d_sinks.values()
 
-  return jax.jit(run)(q, k, v, d_z, mask)
+  return jax.jit(run)(q, k, v, d_z, mask, {} if sinks_H is None else dict(sinks_H=sinks_H))
 
 
 def alone(q, k, mask) -> tuple[np.ndarray, np.ndarray]:
@@ -86,9 +87,10 @@ def case(request):
 def law():
   """What the kernels' tests share: draw, results, and the comparison with the reference."""
   def agree(attend, arrays, mask, atol=1e-5, **options):
-    expected = results(dot_product.attend, *arrays, mask, **{k: v for k, v in options.items() if k == 'scale'})
+    common = {name: value for name, value in options.items() if name in ('scale', 'softcap', 'sinks_H')}
+    expected = results(dot_product.attend, *arrays, mask, **common)
     found = results(attend, *arrays, mask, **options)
-    for name, one, other in zip(('z', 'd_q', 'd_k', 'd_v'), found, expected):
+    for name, one, other in zip(('z', 'd_q', 'd_k', 'd_v', 'd_sinks'), found, expected):
       assert one.dtype == other.dtype
       np.testing.assert_allclose(np.float32(one), np.float32(other), atol=atol, err_msg=name)
     blind_BxTxH, unseen_BxSxK = alone(*arrays[:2], mask)

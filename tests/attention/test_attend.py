@@ -20,7 +20,8 @@ def request_of(T=4096, S=4096, dtype='float32', mask=None, platform='cpu', **mor
   def shape(length):
     return jax.ShapeDtypeStruct((2, length, 4, 64), jnp.dtype(dtype))
 
-  described = {name: more.pop(name) for name in ('bias', 'dropout', 'needs_pattern') if name in more}
+  options = 'bias', 'softcap', 'sinks', 'dropout', 'needs_pattern'
+  described = {name: more.pop(name) for name in options if name in more}
   with for_platform(platform):
     return dataclasses.replace(Request.of(shape(T), shape(S), shape(S), mask, **described), **more)
 
@@ -57,6 +58,9 @@ def said(caplog):
     (request_of(T=256, S=256, platform='tpu'), 'reference'),
     (request_of(T=2050, platform='tpu'), 'blockwise'),
     (request_of(platform='gpu'), 'blockwise'),  # float32
+    (request_of(softcap=True, sinks=True), 'blockwise'),
+    (request_of(softcap=True, platform='tpu'), 'pallas'),
+    (request_of(sinks=True, platform='tpu'), 'blockwise'),
 ])
 def test_auto_takes_the_first_that_can_do_it(request_, name):
   assert choose(request_) == name
@@ -85,12 +89,12 @@ def test_a_choice_is_logged_once_for_each_kind_of_request(said):
     choose(request_of(T=T))
   choose(request_of(mask=masks.causal(3) & masks.lengths(jnp.array([1, 2]))))
   choose(request_of(dropout=True))
-  choose(request_of(T=8, S=8))
+  choose(request_of(T=8, S=8, softcap=True, sinks=True))
   assert [(record.levelname, record.getMessage()) for record in said.records] == [
       ('INFO', 'attention: blockwise for no mask in float32 on cpu'),
       ('INFO', 'attention: blockwise for causal + lengths + offset in float32 on cpu'),
       ('INFO', 'attention: reference for dropout in float32 on cpu; not blockwise: it has no dropout on the pattern'),
-      ('DEBUG', 'attention: reference for no mask in float32 on cpu')]
+      ('DEBUG', 'attention: reference for softcap + sinks in float32 on cpu')]
 
 
 @pytest.mark.parametrize('backend, more, sentence', [
@@ -115,8 +119,10 @@ def test_ring_and_ulysses_are_known_and_refuse_without_a_mesh():
 
 def test_what_is_asked_reaches_the_kernel_and_z_its_tap(law, monkeypatch):
   q, k, v, _ = law.draw()
-  mask, scale = masks.causal(2) & masks.lengths(jnp.array([4, 9])), 0.3
-  expected = dot_product.attend(q, k, v, mask, scale=scale)
+  mask = masks.causal(2) & masks.lengths(jnp.array([4, 9]))
+  asked = dict(scale=0.3, softcap=0.2, sinks_H=jnp.array([0.5, -3.0, 2.0, 0.0]))
+  expected = dot_product.attend(q, k, v, mask, **asked)
+  assert np.abs(expected - dot_product.attend(q, k, v, mask, scale=0.3)).max() > 0.1
   for backend in ('auto', 'reference', 'blockwise'):
     seen = {}
 
@@ -124,10 +130,10 @@ def test_what_is_asked_reaches_the_kernel_and_z_its_tap(law, monkeypatch):
       seen[name] = value
       return value * (2 if name == 'z' else 1)
 
-    z = attend(q, k, v, mask, scale=scale, backend=backend, tap=keep_and_double)
+    z = attend(q, k, v, mask, **asked, backend=backend, tap=keep_and_double)
     assert list(seen) == (['z'] if backend == 'blockwise' else ['scores', 'pattern', 'z'])
     np.testing.assert_array_equal(z, 2 * seen['z'])
-    np.testing.assert_allclose(attend(q, k, v, mask, scale=scale, backend=backend), expected, atol=1e-5)
+    np.testing.assert_allclose(attend(q, k, v, mask, **asked, backend=backend), expected, atol=1e-5)
     np.testing.assert_allclose(seen['z'], expected, atol=1e-5)
   monkeypatch.setitem(BACKENDS, 'cudnn', Stub())
   np.testing.assert_array_equal(attend(q, k, v, backend='cudnn'), 7.0)
@@ -173,7 +179,7 @@ def test_the_model_calls_the_backend_of_its_config(monkeypatch):
   with pytest.raises(AttentionError, match='cannot do causal'):
     module.apply(params, x_BxTxD, x_BxTxD, masks.causal())
   memory = module.apply(params, x_BxTxD, method='keys_values')  # nor does a step of decoding
-  module.apply(params, x_BxTxD[:, :1], memory, 0, method='extend')
+  module.apply(params, x_BxTxD[:, :1], memory, 0, masks.causal(0), method='extend')
 
 
 def test_asking_for_the_pattern_selects_the_reference(monkeypatch):

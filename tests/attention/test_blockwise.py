@@ -12,8 +12,20 @@ from tfm.attention import blockwise, dot_product, masks
 SMALL = partial(blockwise.attend, query_block=4, key_block=3)
 
 
+CAP_AND_SINKS = dict(softcap=0.8, sinks_H=jnp.array([0.5, -3.0, 2.0, 0.0]))
+
+
 def test_it_is_the_reference_forward_and_backward(case, law):
   law.agree(SMALL, *case)
+
+
+def test_with_a_cap_and_sinks_too(case, law):
+  law.agree(SMALL, *case, **CAP_AND_SINKS)
+  law.agree(SMALL, *case, sinks_H=-CAP_AND_SINKS['sinks_H'])
+
+
+def test_sinks_far_above_and_far_below_all_scores(law):
+  law.agree(SMALL, law.draw(), masks.causal(-2), sinks_H=jnp.array([1e4, -1e4, 80.0, -80.0]))
 
 
 @pytest.mark.parametrize('blocks', [(1, 1), (7, 10), (512, 512), (2, 100)])
@@ -23,8 +35,9 @@ def test_the_blocks_do_not_matter(blocks, law):
 
 
 def test_no_queries_and_no_keys(law):
-  law.agree(SMALL, law.draw(T=0), masks.causal())
-  law.agree(SMALL, law.draw(S=0), masks.causal())
+  for more in ({}, CAP_AND_SINKS):
+    law.agree(SMALL, law.draw(T=0), masks.causal(), **more)
+    law.agree(SMALL, law.draw(S=0), masks.causal(), **more)
 
 
 @pytest.mark.parametrize('mask, hidden', [
@@ -50,10 +63,10 @@ def test_it_can_be_mapped_over_rows_with_offsets_of_their_own(law):
 
 def test_bfloat16_is_the_float32_result_rounded(law):
   arrays = law.draw(dtype=jnp.bfloat16)
-  found = law.results(SMALL, *arrays, masks.causal(2))
-  exact = law.results(dot_product.attend, *(x.astype(jnp.float32) for x in arrays), masks.causal(2))
+  found = law.results(SMALL, *arrays, masks.causal(2), **CAP_AND_SINKS)
+  exact = law.results(dot_product.attend, *(x.astype(jnp.float32) for x in arrays), masks.causal(2), **CAP_AND_SINKS)
+  assert [x.dtype for x in found] == [jnp.bfloat16] * 4 + [jnp.float32]
   for one, other in zip(found, exact):
-    assert one.dtype == jnp.bfloat16
     np.testing.assert_allclose(one.astype(jnp.float32), other, atol=0.04)
 
 

@@ -52,6 +52,8 @@ def test_what_it_can_do(mask, shape, with_cuda):
     ('nothing to attend to', None, dict(S=0), {}),
     ('no dropout', None, {}, dict(dropout=True)),
     ('no gradient for a bias', None, {}, dict(bias=True)),
+    ('no cap on the scores', None, {}, dict(softcap=True)),
+    ('no sinks in its softmax', None, {}, dict(sinks=True)),
     ('never holds the scores', None, {}, dict(needs_pattern=True)),
 ])
 def test_what_it_cannot_do_it_refuses_with_the_reason(reason, mask, shape, more, with_cuda):

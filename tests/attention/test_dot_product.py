@@ -12,6 +12,7 @@ B, T, S, C = 2, 3, 5, 4
 RANDOM = np.random.default_rng(0)
 DENSE = RANDOM.random((B, 4, T, S)) < 0.5
 BIAS = RANDOM.standard_normal((B, 4, T, S)).astype(np.float32)
+SINKS = np.array([0.5, -3.0, 2.0, 0.0], np.float32)
 
 
 def draw(H=4, K=4, value_width=C, dtype=jnp.float32):
@@ -20,17 +21,23 @@ def draw(H=4, K=4, value_width=C, dtype=jnp.float32):
           for shape in ((B, T, H, C), (B, S, K, C), (B, S, K, value_width))]
 
 
-def by_hand(q, k, v, sees=lambda b, h, t, s: True, bias=None, scale=C**-0.5) -> np.ndarray:
+def by_hand(q, k, v, sees=lambda b, h, t, s: True, bias=None, scale=C**-0.5, softcap=None, sinks=None) -> np.ndarray:
   """Equation 1 one number at a time, float64; a query that sees nothing gets 0."""
+  def score(b, h, t, s):
+    value = q[b, t, h] @ k[b, s, h // (H // K)] * scale
+    value = value if softcap is None else softcap * np.tanh(value / softcap)
+    return value if bias is None else value + bias[b, h, t, s]
+
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   H, K = q.shape[2], k.shape[2]
   out = np.zeros((*q.shape[:3], v.shape[-1]))
   for b, t, h in np.ndindex(q.shape[:3]):
     head = h // (H // K)
     keys = [s for s in range(S) if sees(b, h, t, s)]
-    weights = [np.exp(q[b, t, h] @ k[b, s, head] * scale + (0 if bias is None else bias[b, h, t, s])) for s in keys]
+    weights = [np.exp(score(b, h, t, s)) for s in keys]
+    nowhere = 0 if sinks is None else np.exp(sinks[h])
     for weight, s in zip(weights, keys):
-      out[b, t, h] += weight / sum(weights) * v[b, s, head]
+      out[b, t, h] += weight / (sum(weights) + nowhere) * v[b, s, head]
   return out
 
 
@@ -42,12 +49,15 @@ CASES = {
     'bias': dict(bias=BIAS),
     'bias of one row for all heads': dict(bias=np.broadcast_to(BIAS[:, :1, :1], BIAS.shape), given=BIAS[:, :1, :1]),
     'scale': dict(scale=0.3),
+    'softcap': dict(softcap=0.6),
+    'softcap, before the bias': dict(softcap=0.6, bias=2 * BIAS, scale=0.9),
+    'sinks': dict(sinks=SINKS),
     'lengths': dict(mask=masks.lengths(jnp.array([2, 5])), sees=lambda b, h, t, s: s < (2, 5)[b]),
     'causal': dict(mask=masks.causal(), sees=lambda b, h, t, s: s <= t),
     'continued': dict(mask=masks.causal(2), sees=lambda b, h, t, s: s <= t + 2),
     'dense': dict(mask=masks.dense(DENSE), sees=lambda *pair: DENSE[pair]),
     'all at once': dict(
-        draw=dict(K=2, value_width=3), bias=BIAS, scale=0.8,
+        draw=dict(K=2, value_width=3), bias=BIAS, scale=0.8, softcap=1.2, sinks=SINKS,
         mask=masks.causal(1) & masks.lengths(jnp.array([2, 4])) & masks.dense(DENSE),
         sees=lambda b, h, t, s: s <= t + 1 and s < (2, 4)[b] and DENSE[b, h, t, s]),
 }
@@ -58,18 +68,19 @@ def test_attention_is_equation_1(case):
   case = dict(CASES[case])
   q, k, v = draw(**case.pop('draw', {}))
   mask, given = case.pop('mask', None), case.pop('given', case.get('bias'))
-  z = attend(q, k, v, mask, bias=given, scale=case.get('scale'))
+  z = attend(q, k, v, mask, bias=given, scale=case.get('scale'), softcap=case.get('softcap'), sinks_H=case.get('sinks'))
   np.testing.assert_allclose(z, by_hand(q, k, v, **case), atol=2e-6)
 
 
-def test_a_query_that_sees_nothing_gets_zero_and_so_do_its_gradients():
+@pytest.mark.parametrize('more', [{}, dict(softcap=0.9, sinks_H=jnp.asarray(SINKS))], ids=['plain', 'cap and sinks'])
+def test_a_query_that_sees_nothing_gets_zero_and_so_do_its_gradients(more):
   q, k, v = draw()
   dense = np.ones((B, 1, T, S), bool)
   dense[0, :, 1] = False  # one query
   dense[1] = False        # a whole row of the batch, as when the source is empty
 
   def total(q, k, v, bias):
-    z_BxTxHxC = attend(q, k, v, masks.dense(jnp.asarray(dense)), bias=bias)
+    z_BxTxHxC = attend(q, k, v, masks.dense(jnp.asarray(dense)), bias=bias, **more)
     return jnp.sum(z_BxTxHxC * jnp.arange(1., 1 + C)), z_BxTxHxC
 
   gradients, z = jax.grad(total, (0, 1, 2, 3), has_aux=True)(q, k, v, jnp.asarray(BIAS))
@@ -78,6 +89,43 @@ def test_a_query_that_sees_nothing_gets_zero_and_so_do_its_gradients():
     np.testing.assert_array_equal(nothing, 0)
   for something in (z[0, 0], d_q[0, 0], d_k[0], d_v[0], d_bias[0, :, 0]):
     assert np.isfinite(something).all() and np.abs(something).min() > 0
+
+
+def test_a_query_that_sees_nothing_gives_its_sink_no_gradient():
+  q, k, v = draw()
+  for lengths, moves in (((0, 0), False), ((0, 5), True)):
+    d_sinks_H = jax.grad(lambda sinks_H, lengths=lengths: jnp.sum(
+        attend(q, k, v, masks.lengths(jnp.array(lengths)), sinks_H=sinks_H)**2))(jnp.asarray(SINKS))
+    assert (np.abs(d_sinks_H) > 0).all() if moves else (d_sinks_H == 0).all()
+
+
+@pytest.mark.parametrize('softcap', [None, 0.7])
+def test_a_sink_is_one_more_key_without_a_value(softcap):
+  """Its score is then a bias, whose gradient is the sink's."""
+  q, k, v = draw(K=2)
+  longer_k, longer_v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (k, v))
+  mask, longer = (masks.dense(jnp.asarray(np.concatenate([DENSE | (np.arange(S) == 0), sink], axis=-1)))
+                  for sink in (np.ones((B, 4, T, 0), bool), np.ones((B, 4, T, 1), bool)))
+
+  def with_sinks(sinks_H):
+    return attend(q, k, v, mask, softcap=softcap, sinks_H=sinks_H)
+
+  def with_a_key(sinks_H):
+    bias_HxS = jnp.zeros((4, S + 1)).at[:, S].set(sinks_H)
+    return attend(q, longer_k, longer_v, longer, bias=bias_HxS[None, :, None], softcap=softcap)
+
+  (one, pull), (other, pull_other) = (jax.vjp(f, jnp.asarray(SINKS)) for f in (with_sinks, with_a_key))
+  np.testing.assert_allclose(one, other, atol=1e-6)
+  np.testing.assert_allclose(*(pull(jnp.cos(5 * one))[0] for pull in (pull, pull_other)), atol=1e-5)
+
+
+def test_sinks_far_above_and_far_below_all_scores():
+  q, k, v = draw()
+  sinks_H = jnp.array([1e4, 300.0, -1e4, -jnp.inf])
+  z, pull = jax.vjp(lambda q, sinks_H: attend(q, k, v, sinks_H=sinks_H), q, sinks_H)
+  np.testing.assert_array_equal(z[:, :, :2], 0)
+  np.testing.assert_allclose(z[:, :, 2:], attend(q, k, v)[:, :, 2:], atol=1e-6)
+  assert all(np.isfinite(gradient).all() for gradient in pull(jnp.ones_like(z)))
 
 
 def test_keys_that_nobody_sees_have_no_gradient():
@@ -128,6 +176,18 @@ def test_taps_see_scores_pattern_and_z_and_decide_what_goes_on(dtype):
   uniform = attend(q, k, v, tap=lambda name, value: value * (name != 'scores'))
   np.testing.assert_allclose(uniform, jnp.broadcast_to(jnp.repeat(v.mean(1, keepdims=True), 2, axis=2), z.shape),
                              atol=1e-6 if dtype == jnp.float32 else 0.02)
+
+
+def test_the_taps_see_the_cap_and_no_column_of_sinks():
+  (q, k, v), seen = draw(), {}
+  look = seen.setdefault
+  attend(q, k, v, masks.causal(), softcap=0.2, sinks_H=jnp.asarray(SINKS), tap=look)
+  assert seen['scores'].shape == seen['pattern'].shape == (B, 4, T, S)
+  allowed = np.tri(T, S, dtype=bool)
+  assert np.abs(seen['scores'][..., allowed]).max() <= np.float32(0.2) and (seen['scores'][..., ~allowed] < -1e38).all()
+  weights = np.exp(seen['scores'])
+  np.testing.assert_allclose(seen['pattern'].sum(-1), 1 - np.exp(SINKS[:, None]) / (
+      weights.sum(-1) + np.exp(SINKS[:, None])), atol=1e-6)
 
 
 def test_dropout_is_applied_to_the_pattern_after_its_tap():

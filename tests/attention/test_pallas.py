@@ -34,13 +34,14 @@ def test_it_is_the_reference_forward_and_backward(case, law):
   """By Pallas' interpreter, which needs no TPU."""
   arrays = law.draw(T=T, S=S, H=2, K=1, C=64, value_width=128 if case == 'window' else 64)
   law.agree(partial(pallas.attend, interpret=True), arrays, CASES[case], scale=0.1)
+  law.agree(partial(pallas.attend, interpret=True), arrays, CASES[case], scale=0.1, softcap=0.8)
 
 
 @pytest.mark.parametrize('case', CASES)
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_it_is_lowered_for_a_tpu_that_is_elsewhere(case, dtype):
+@pytest.mark.parametrize('dtype, softcap', [('float32', None), ('bfloat16', None), ('bfloat16', 50.0)])
+def test_it_is_lowered_for_a_tpu_that_is_elsewhere(case, dtype, softcap):
   def step(q, k, v):
-    return jnp.sum(attend(q, k, v, CASES[case], backend='pallas').astype(jnp.float32))
+    return jnp.sum(attend(q, k, v, CASES[case], softcap=softcap, backend='pallas').astype(jnp.float32))
 
   with for_platform('tpu'):
     program = jax.jit(jax.grad(step, (0, 1, 2))).trace(*shapes(dtype=dtype)).lower(lowering_platforms=('tpu',))
@@ -61,6 +62,7 @@ def test_it_is_lowered_for_a_tpu_that_is_elsewhere(case, dtype):
     ('both need its segment ids', LENGTHS & SEGMENTS, {}, {}),
     ('no dropout', None, {}, dict(dropout=True)),
     ('no gradient for a bias', None, {}, dict(bias=True)),
+    ('sinks are not passed on', None, {}, dict(sinks=True)),
     ('never holds the scores', None, {}, dict(needs_pattern=True)),
 ])
 def test_what_it_cannot_do_it_refuses_with_the_reason(reason, mask, shape, more):
@@ -82,10 +84,10 @@ def test_it_refuses_what_a_mesh_cannot_share_out_and_other_platforms():
     with for_platform('tpu'), jax.sharding.use_abstract_mesh(mesh):
       return pallas.supports(Request.of(*shapes()))
 
-  assert reason((2, 1, 1, 1)) is None
+  assert reason((2, 1, 1, 1, 1)) is None
   assert 'there is no mesh with the axes' in reason((2,), ('data',))
-  assert '2 rows cannot be shared out over 4 devices' in reason((2, 2, 1, 1))
-  assert '1 key/value heads cannot be shared out over 2 devices' in reason((1, 1, 2, 1))
-  assert 'use ring' in reason((1, 1, 1, 2))
+  assert '2 rows cannot be shared out over 4 devices' in reason((2, 1, 2, 1, 1))
+  assert '1 key/value heads cannot be shared out over 2 devices' in reason((1, 1, 1, 2, 1))
+  assert 'use ring' in reason((1, 1, 1, 1, 2))
   with for_platform('gpu'):
     assert 'for TPUs, not for gpu' in pallas.supports(Request.of(*shapes()))

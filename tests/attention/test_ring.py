@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tfm.attention import dot_product, masks, ring
 from tfm.attention.attend import AttentionError, Request
+from tfm.parallel.mesh import AXES
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason='needs 8 devices: tests/test_multi_device.py has them')
 B, T, C = 2, 32, 4
@@ -20,9 +21,8 @@ PACKED = jnp.array([[0] * 7 + [1] * 12 + [2] * 13, [0] * 32])
 
 
 def mesh(context, tensor=1, data=1):
-  shape = data, 1, tensor, context
-  return jax.make_mesh(shape, ('data', 'fsdp', 'tensor', 'context'), axis_types=(AxisType.Auto,) * 4,
-                       devices=jax.devices()[:math.prod(shape)])
+  shape = data, 1, 1, tensor, context
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:math.prod(shape)])
 
 
 def draw(T=T, S=T, H=2, K=2, value_width=C, dtype=jnp.float32):
@@ -179,6 +179,8 @@ def request(T=T, S=T, H=4, K=2, rows=B, mask=None, **wanted):
     (dict(K=3), '4 query heads cannot share 3'),
     (dict(mask=masks.dense(jnp.ones((T, T), bool))), 'T x S'),
     (dict(bias=True), 'bias'),
+    (dict(softcap=True), 'no cap'),
+    (dict(sinks=True), 'no sinks'),
     (dict(dropout=True), 'dropout'),
     (dict(needs_pattern=True), 'pattern'),
 ])

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from tfm.attention import dot_product, masks, ring, ulysses
 from tfm.attention.attend import AttentionError, Request
+from tfm.parallel.mesh import AXES
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason='needs 8 devices: tests/test_multi_device.py has them')
 B, T, C = 2, 16, 4
@@ -21,9 +22,8 @@ HEADED_DENSE = jnp.asarray(np.random.default_rng(2).random((1, 8, T, T)) < 0.5)
 
 
 def mesh(context, tensor=1, data=1):
-  shape = data, 1, tensor, context
-  return jax.make_mesh(shape, ('data', 'fsdp', 'tensor', 'context'), axis_types=(AxisType.Auto,) * 4,
-                       devices=jax.devices()[:math.prod(shape)])
+  shape = data, 1, 1, tensor, context
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:math.prod(shape)])
 
 
 def draw(S=T, H=8, K=8, value_width=C):
@@ -89,6 +89,8 @@ def test_ulysses_is_the_reference(case, long, monkeypatch):
     (8, 8, 18, {}, '18 queries and 18 keys .* multiple of 4'),
     (8, 1, T, {}, '1 key/value heads .* mesh axis tensor'),
     (8, 8, T, dict(needs_pattern=True), 'pattern'),
+    (8, 8, T, dict(softcap=True), 'no cap'),
+    (8, 8, T, dict(sinks=True), 'no sinks'),
 ])
 def test_what_it_cannot_do_is_refused_with_a_reason(H, K, length, wanted, sentence):
   q, k = (jax.ShapeDtypeStruct((B, length, heads, C), jnp.float32) for heads in (H, K))

@@ -5,7 +5,7 @@ import pytest
 
 from tfm.decoding.cache import Cache
 from tfm.decoding.greedy import greedy_search
-from tfm.special_ids import BOS, EOS, PAD
+from tfm.special_ids import BOS, EOS, PAD, SpecialIds
 
 
 def naive_greedy(model, source_W, limit):
@@ -45,5 +45,5 @@ def test_ties_go_to_the_lowest_id_and_forbidden_ids_are_not_chosen():
 
   cache = Cache(index=jnp.int32(0), source=(), steps=jnp.zeros(1))
   assert greedy_search(step, cache, jnp.array([2]), 2).tokens_BxL.tolist() == [[4, 4]]
-  without = greedy_search(step, cache, jnp.array([2]), 2, forbidden=(PAD, BOS, 4, 5))
+  without = greedy_search(step, cache, jnp.array([2]), 2, special=SpecialIds(forbidden=(PAD, BOS, 4, 5)))
   assert without.tokens_BxL.tolist() == [[3, 3]]

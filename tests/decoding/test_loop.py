@@ -22,7 +22,7 @@ def decoded(toy):
   model = toy(eos=-1.0)
   sources = model.sources(5)
   cache = model.init_cache(sources)
-  out = jax.jit(lambda: autoregress(model.step, cache, random_choice, LIMITS, 12))()
+  out, _ = jax.jit(lambda: autoregress(model.step, cache, random_choice, LIMITS, 12))()
   return model, sources, jax.tree.map(np.asarray, out)
 
 

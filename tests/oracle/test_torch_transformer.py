@@ -14,7 +14,7 @@ import pytest
 import tfm.training.loss
 from tfm.config import TransformerConfig
 from tfm.special_ids import PAD
-from tfm.training.step import batch_sums
+from tfm.training.objectives import batch_sums
 
 pytest.importorskip('torch', reason='needs PyTorch to compare with: pip install "tfm[oracle]"')
 

@@ -27,26 +27,42 @@ MESHES = {
     'context': dict(data=1, context=8), 'data fsdp': dict(data=2, fsdp=4), 'data context': dict(data=4, context=2),
     'fsdp tensor': dict(data=1, fsdp=4, tensor=2), 'tensor context': dict(data=1, tensor=4, context=2),
     'fsdp context': dict(data=1, fsdp=2, context=4), 'data tensor context': dict(data=2, tensor=2, context=2),
-    'fsdp tensor context': dict(data=1, fsdp=2, tensor=2, context=2)}
+    'fsdp tensor context': dict(data=1, fsdp=2, tensor=2, context=2),
+    'data expert': dict(data=2, expert=4), 'fsdp expert tensor': dict(data=1, fsdp=2, expert=2, tensor=2),
+    'data expert context': dict(data=2, expert=2, context=2)}
+FAMILIES = {
+    'encoder_decoder': dict(encoder_layers=1, decoder_layers=1),
+    'decoder_only': dict(encoder_layers=0, decoder_layers=2, positions='rope', num_kv_heads=2, biases='none'),
+    'encoder_only': dict(encoder_layers=2, decoder_layers=0, positions='learned', max_positions=64, biases='all'),
+    'experts': dict(encoder_layers=0, decoder_layers=2, feed_forward='swiglu', biases='none', experts=4,
+                    load_balance=0.1, activation_dropout=0.1)}
+CASES = [('encoder_decoder', name) for name in MESHES if 'expert' not in name] + [
+    ('decoder_only', 'fsdp tensor context'), ('decoder_only', 'data context'), ('decoder_only', 'data fsdp'),
+    ('encoder_only', 'fsdp tensor context'), ('encoder_only', 'fsdp context'), ('experts', 'data'),
+    ('experts', 'data expert'), ('experts', 'fsdp expert tensor'), ('experts', 'data expert context')]
 EXPECTED = {  # what a mesh axis must bring about; XLA's CPU compiler says reduce-scatter as all-reduce and slice
     'data': {'all-reduce'}, 'fsdp': {'all-gather', 'all-reduce'}, 'tensor': {'all-reduce'},
-    'context': {'all-reduce', 'collective-permute'}}
+    'expert': {'all-reduce', 'all-gather', 'reduce-scatter'}, 'context': {'all-reduce', 'collective-permute'}}
 
 QUICKLY = {'xla_backend_optimization_level': 0}
 """Compile faster, to slower code."""
 
 
-def config_of(mesh: dict, accumulate: int = 1, dropout: float = 0.1) -> Config:
+def config_of(mesh: dict, accumulate: int = 1, dropout: float = 0.1, family: str = 'encoder_decoder') -> Config:
   return Config(
-      model=TransformerConfig(encoder_layers=1, decoder_layers=1, d_model=16, d_ff=32, num_heads=4, dropout=dropout,
-                              norm='pre'),
+      model=TransformerConfig(**{**dict(d_model=16, d_ff=32, num_heads=4, dropout=dropout, norm='pre'),
+                                 **FAMILIES[family]}),
       data=DataConfig(width_multiple=16, max_length=64),
       optimizer=OptimizerConfig(schedule='constant', learning_rate=1e-3, warmup_steps=4),
       training=TrainingConfig(accumulate=accumulate), mesh=MeshConfig(**mesh))
 
 
 @cache
-def batches():
+def batches(shape: str = 'encoder_decoder'):
+  if shape == 'decoder_only':
+    return [(target, None) for _, target in batches()[:4]] * 5
+  if shape == 'encoder_only':  # asked for a third of the tokens
+    return [(source, np.where(np.arange(L) % 3 == 0, source, 0)) for source, _ in batches()[:4]] * 5
   rng = np.random.default_rng(0)
   made = []
   for _ in range(STEPS):
@@ -70,10 +86,10 @@ def train(config: Config, devices: int):
     state = jax.device_put(state, shardings(mesh, abstract))
     with jax.set_mesh(mesh):
       step = jit_step(config, model, mesh, abstract).lower(
-          abstract, tuple(jax.ShapeDtypeStruct(side.shape, side.dtype) for side in batches()[0])).compile(QUICKLY)
-    hlo, place = step.as_text(), lambda batch: place_batch(batch, 0, B, mesh)
+          abstract, jax.eval_shape(lambda: batches(config.model.shape)[0])).compile(QUICKLY)
+    hlo, place = step.as_text(), lambda batch: place_batch(batch, 0, B, mesh, config.model.shape)
   losses = []
-  for batch in batches():
+  for batch in batches(config.model.shape):
     with contextlib.nullcontext() if config.mesh.compiler == 'pmap' else jax.set_mesh(mesh):
       state, metrics = step(state, place(batch))
     losses.append(float(metrics.sums.loss / metrics.sums.tokens))
@@ -87,8 +103,8 @@ def chunked(monkeypatch):
 
 
 @cache
-def alone(dropout: float = 0.1):
-  return train(config_of({'data': 1}, dropout=dropout), 1)
+def alone(dropout: float = 0.1, family: str = 'encoder_decoder'):
+  return train(config_of({'data': 1}, dropout=dropout, family=family), 1)
 
 
 def assert_same(found, expected):
@@ -96,11 +112,11 @@ def assert_same(found, expected):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found[1], expected[1])
 
 
-@pytest.mark.parametrize('name', MESHES)
-def test_a_mesh_trains_like_one_device(name):
-  losses, params, hlo = train(config_of(MESHES[name]), 8)
-  assert_same((losses, params), alone())
-  assert losses[-1] < losses[0] - 0.1
+@pytest.mark.parametrize('family, name', CASES)
+def test_a_mesh_trains_like_one_device(family, name):
+  losses, params, hlo = train(config_of(MESHES[name], family=family), 8)
+  assert_same((losses, params), alone(family=family))
+  assert losses[-4:].mean() < losses[:4].mean() - 0.1
   found = set(re.findall(r' (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(', hlo))
   axes = [axis for axis in name.split() if MESHES[name].get(axis, 1) > 1]
   expected = set().union(*(EXPECTED[axis] for axis in axes))
@@ -130,7 +146,7 @@ def test_no_constraint_is_lost():
                               new_state(config, model, initialize(model, jax.random.key(0))))
     with jax.set_mesh(mesh):
       jaxpr = str(jit_step(config, model, mesh, abstract).trace(
-          abstract, tuple(jax.ShapeDtypeStruct(side.shape, side.dtype) for side in batches()[0])).jaxpr)
+          abstract, jax.eval_shape(lambda: batches()[0])).jaxpr)
     counts.add(jaxpr.count('sharding_constraint'))
   # Queries, keys, values, feed-forward, sub-layers: 3 + 1 + 2 of an encoder layer, 6 + 1 + 3 of a decoder layer; two
   # embedded sequences; the table, for them and for the logits; the logits. Each again for its gradient.

@@ -23,13 +23,15 @@ def abstract(config, vocab_size):
 @pytest.mark.parametrize('change, V, S, T', [
     (dict(), 500, 48, 32),
     (dict(encoder_layers=2, decoder_layers=1, d_k=16, d_v=48, norm='pre', tying='all'), 300, 16, 80),
+    (dict(encoder_layers=0, num_kv_heads=2, feed_forward='swiglu', norm_type='rms', biases='none'), 500, 0, 48),
+    (dict(decoder_layers=0, output_transform=True, feed_forward='gelu_tanh'), 500, 48, 0),
 ])
 def test_what_xla_counts_is_what_we_count(change, V, S, T):
   # XLA counts one trip of a loop, hence no scan; it knows nothing of causality, hence the full T x T. It also counts
   # what is not a matrix product (softmax, LayerNorm, masks): 2 to 5 % at this width, less at a real one.
   config, rows = dataclasses.replace(CONFIG, **change), 3
   model, params = abstract(config, V)
-  ids = [jax.ShapeDtypeStruct((rows, width), jnp.int32) for width in (S, T)]
+  ids = [jax.ShapeDtypeStruct((rows, width), jnp.int32) for width in (S, T) if width]
   compiled = jax.jit(lambda params, *ids: model.apply({'params': params}, *ids)).lower(params, *ids).compile()
   ours = model_flops(config, V, rows, S, T, halve_causal=False).forward
   assert ours < compiled.cost_analysis()['flops'] < 1.06 * ours
@@ -59,3 +61,17 @@ def test_every_part_grows_with_what_it_is_made_of():
   assert longer.cross_attention == 2 * base.cross_attention
   assert longer.decoder_projections == base.decoder_projections * 5 / 4  # keys and values of cross-attention
   assert (longer.decoder_attention, longer.logits) == (base.decoder_attention, base.logits)
+
+
+def test_a_window_and_experts_are_charged_for_what_is_used():
+  T, window = 12, 4
+  wide, narrow = (model_flops(dataclasses.replace(CONFIG, window=size), 500, 3, T, T) for size in (None, window))
+  at = range(T)
+  causal = sum(sum(s <= t and t - s < window for s in at) for t in at)
+  both = sum(sum(abs(t - s) < window for s in at) for t in at)
+  assert narrow.decoder_attention / wide.decoder_attention == pytest.approx(causal / (T * (T + 1) / 2))
+  assert narrow.encoder_attention / wide.encoder_attention == pytest.approx(both / T**2)
+  one = model_flops(dataclasses.replace(CONFIG, biases='none'), 500, 2, 16, 16)
+  many = model_flops(dataclasses.replace(CONFIG, biases='none', experts=8, experts_per_token=3), 500, 2, 16, 16)
+  router = 2 * 2 * 2 * 16 * CONFIG.d_model * 8
+  assert many.decoder_mlp == 3 * one.decoder_mlp + router

@@ -61,6 +61,8 @@ class Request:
   """Of queries, keys and values; 'bfloat16/float32' if they differ."""
   mask: AttentionMask
   bias: bool
+  softcap: bool
+  sinks: bool
   dropout: bool
   needs_pattern: bool
   platform: str
@@ -72,7 +74,7 @@ class Request:
 
   @classmethod
   def of(cls, q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask: AttentionMask | None = None, *, bias: bool = False,
-         dropout: bool = False, needs_pattern: bool = False) -> Request:
+         softcap: bool = False, sinks: bool = False, dropout: bool = False, needs_pattern: bool = False) -> Request:
     """For arrays, or anything else with shape and dtype, on the platform and mesh of the moment."""
     (B, T, H, C), (S, K) = q_BxTxHxC.shape, k_BxSxKxC.shape[1:3]
     mesh = jax.sharding.get_abstract_mesh()
@@ -80,8 +82,9 @@ class Request:
     return cls(
         batch=B, query_length=T, key_length=S, heads=H, key_heads=K, width=C, value_width=v_BxSxKxC.shape[-1],
         dtype='/'.join(dict.fromkeys(x.dtype.name for x in (q_BxTxHxC, k_BxSxKxC, v_BxSxKxC))),
-        mask=AttentionMask() if mask is None else mask, bias=bias, dropout=dropout, needs_pattern=needs_pattern,
-        platform=_platform.get() or jax.default_backend(), context=shared.get('context', 1), partitioned=bool(shared))
+        mask=AttentionMask() if mask is None else mask, bias=bias, softcap=softcap, sinks=sinks, dropout=dropout,
+        needs_pattern=needs_pattern, platform=_platform.get() or jax.default_backend(),
+        context=shared.get('context', 1), partitioned=bool(shared))
 
   @property
   def offset(self) -> int | None:
@@ -100,19 +103,32 @@ class Request:
       return 'it has no gradient for a bias'
     return None
 
+  @property
+  def needs_own_softmax(self) -> str | None:
+    """Why no kernel that has the plain softmax only can do it; None if one can."""
+    if self.softcap:
+      return 'it has no cap on the scores'
+    if self.sinks:
+      return 'it has no sinks in its softmax'
+    return None
+
   def __str__(self) -> str:
     mask, parts = self.mask, []
     for name, is_set in (('causal', mask.causal), ('window', mask.window), ('prefix', mask.prefix_B is not None),
                          ('lengths', mask.lengths_B is not None), ('segments', mask.query_segments_BxT is not None),
                          ('dense', mask.dense is not None), ('offset', mask.positional and self.offset != 0),
-                         ('bias', self.bias), ('dropout', self.dropout), ('the pattern', self.needs_pattern)):
+                         ('bias', self.bias), ('softcap', self.softcap), ('sinks', self.sinks),
+                         ('dropout', self.dropout), ('the pattern', self.needs_pattern)):
       parts += [name] if is_set else []
     return f'{" + ".join(parts) or "no mask"} in {self.dtype} on {self.platform}'
 
 
 @dataclass(frozen=True)
 class Backend:
-  """A module with `supports(request)` and `attend(q, k, v, mask, *, scale)`, imported when it is first asked."""
+  """A module with `supports(request)` and `attend(q, k, v, mask, *, scale)`, imported when it is first asked.
+
+  `attend` also takes `softcap` and `sinks_H` if `supports` accepts them.
+  """
 
   module: str
 
@@ -147,6 +163,8 @@ def attend(
     *,
     bias: jax.Array | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks_H: jax.Array | None = None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
     tap: Callable[[str, jax.Array], jax.Array] | None = None,
     needs_pattern: bool = False,
@@ -155,7 +173,7 @@ def attend(
   """softmax(Q K^T * scale + bias) V by the backend that fits; arguments as in `dot_product.attend`.
 
   Args:
-    scale: a Python number (1 / sqrt(C) if None); only the reference takes a traced one.
+    scale, softcap: Python numbers (1 / sqrt(C) and no cap if None); only the reference takes traced ones.
     tap: sees `z`, and from the reference also `scores` and `pattern`.
     needs_pattern: the tap's `scores` and `pattern` will be read or replaced, so they must exist.
     backend: 'auto' or a name in BACKENDS.
@@ -170,12 +188,14 @@ def attend(
   if H % K:
     raise AttentionError(f'{H} query heads cannot share {K} key/value heads; make the first a multiple of the second.')
   tap = (lambda name, value: value) if tap is None else tap
-  request = Request.of(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, bias=bias is not None, dropout=dropout is not None,
-                       needs_pattern=needs_pattern)
+  request = Request.of(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, bias=bias is not None, softcap=softcap is not None,
+                       sinks=sinks_H is not None, dropout=dropout is not None, needs_pattern=needs_pattern)
   name = choose(request, backend)
   if name == 'reference':
-    return dot_product.attend(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, bias=bias, scale=scale, dropout=dropout, tap=tap)
-  return tap('z', BACKENDS[name].attend(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, scale=scale))
+    return dot_product.attend(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, bias=bias, scale=scale, softcap=softcap,
+                              sinks_H=sinks_H, dropout=dropout, tap=tap)
+  given = {key: value for key, value in (('softcap', softcap), ('sinks_H', sinks_H)) if value is not None}
+  return tap('z', BACKENDS[name].attend(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, scale=scale, **given))
 
 
 def choose(request: Request, backend: str = 'auto') -> str:

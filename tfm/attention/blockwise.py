@@ -33,32 +33,35 @@ def attend(
     mask: AttentionMask | None = None,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks_H: jax.Array | None = None,
     query_block: int = 512,
     key_block: int = 512,
 ) -> jax.Array:
   """As `dot_product.attend`, with `query_block` x `key_block` scores (per row and head) at a time in memory.
 
-  Queries and keys are padded to whole blocks inside. `scale` is a Python number, 1 / sqrt(C) if None.
+  Queries and keys are padded to whole blocks inside. `scale` and `softcap` are Python numbers.
   """
   T, S = q_BxTxHxC.shape[1], k_BxSxKxC.shape[1]
   scale = q_BxTxHxC.shape[-1]**-0.5 if scale is None else float(scale)
   mask = AttentionMask() if mask is None else mask
   blocks = max(1, min(query_block, T)), max(1, min(key_block, S))
-  return _attend(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, scale, *blocks)
+  softcap = None if softcap is None else float(softcap)
+  return _attend(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, sinks_H, scale, softcap, *blocks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attend(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, scale, query_block, key_block):
-  return _forward(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, scale, query_block, key_block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _attend(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, sinks_H, scale, softcap, query_block, key_block):
+  return _forward(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, sinks_H, scale, softcap, query_block, key_block)[0]
 
 
 # In what follows N counts the blocks on the outside, T and S are the lengths of one block, and G = H / K.
 
 
-def _forward(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, scale, query_block, key_block):
+def _forward(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, sinks_H, scale, softcap, query_block, key_block):
   B, T, H, _ = q_BxTxHxC.shape
   S, K, V = v_BxSxKxC.shape[1:]
-  seen, scores_of = _blockwise_mask(mask, T, S, H, K, scale, query_block, key_block)
+  seen, scores_of = _blockwise_mask(mask, T, S, H, K, scale, softcap, query_block, key_block)
   keys_values = _numbered(_split(k_BxSxKxC, key_block), _split(v_BxSxKxC, key_block))
 
   def attend_from(i_and_q):
@@ -81,7 +84,10 @@ def _forward(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, scale, query_block, key_bloc
       return _if(seen(i, j), add, lambda carry: carry, carry), None
 
     shape = (B, K, H // K, query_block)
-    start = (jnp.full(shape, LOWEST), jnp.zeros(shape), jnp.zeros((*shape, V)))
+    # A sink is a key that every query has seen before the first, with a weight of 1 at its own maximum.
+    start = ((jnp.full(shape, LOWEST), jnp.zeros(shape)) if sinks_H is None else
+             (jnp.broadcast_to(sinks_H.reshape(K, H // K, 1), shape), jnp.ones(shape)))
+    start = (*start, jnp.zeros((*shape, V)))
     (top_BxKxGxT, total_BxKxGxT, z_BxKxGxTxC), _ = jax.lax.scan(add_block, start, keys_values)
     total_BxKxGxT = jnp.where(total_BxKxGxT == 0, 1.0, total_BxKxGxT)  # of a query that saw nothing z is 0 / 1
     z_BxTxKxGxC = jnp.moveaxis(z_BxKxGxTxC / total_BxKxGxT[..., None], 3, 1).astype(v_BxSxKxC.dtype)
@@ -90,14 +96,14 @@ def _forward(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, scale, query_block, key_bloc
   queries = _numbered(_split(_grouped(q_BxTxHxC, K), query_block))
   z_NxBxTxKxGxC, log_total_NxBxKxGxT = jax.lax.map(attend_from, queries)
   z_BxTxHxC = _join(z_NxBxTxKxGxC, T).reshape(B, T, H, V)
-  return z_BxTxHxC, (q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, z_BxTxHxC, log_total_NxBxKxGxT)
+  return z_BxTxHxC, (q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, sinks_H, z_BxTxHxC, log_total_NxBxKxGxT)
 
 
-def _backward(scale, query_block, key_block, saved, d_z_BxTxHxC):
-  q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, z_BxTxHxC, log_total_NxBxKxGxT = saved
+def _backward(scale, softcap, query_block, key_block, saved, d_z_BxTxHxC):
+  q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, sinks_H, z_BxTxHxC, log_total_NxBxKxGxT = saved
   T, H = q_BxTxHxC.shape[1:3]
   S, K = k_BxSxKxC.shape[1:3]
-  seen, scores_of = _blockwise_mask(mask, T, S, H, K, scale, query_block, key_block)
+  seen, scores_of = _blockwise_mask(mask, T, S, H, K, scale, softcap, query_block, key_block)
   # sum_s pattern * d_pattern = z . d_z, without the pattern
   dot_BxTxH = jnp.einsum('bthc,bthc->bth', z_BxTxHxC, d_z_BxTxHxC, preferred_element_type=jnp.float32)
   dot_NxBxTxKxG = _split(_grouped(dot_BxTxH[..., None], K)[..., 0], query_block)
@@ -116,6 +122,8 @@ def _backward(scale, query_block, key_block, saved, d_z_BxTxHxC):
         d_pattern_BxKxGxTxS = jnp.einsum('btkgc,bskc->bkgts', d_z_BxTxKxGxC, v_BxSxKxC,
                                          preferred_element_type=jnp.float32)
         d_scores = pattern_BxKxGxTxS * (d_pattern_BxKxGxTxS - jnp.moveaxis(dot_BxTxKxG, 1, 3)[..., None]) * scale
+        if softcap is not None:
+          d_scores = d_scores * (1 - (scores_BxKxGxTxS / softcap)**2)  # of cap * tanh, from its value
         d_scores_BxKxGxTxS = d_scores.astype(q_BxTxHxC.dtype)
         return (jnp.einsum('bkgts,bskc->btkgc', d_scores_BxKxGxTxS, k_BxSxKxC, preferred_element_type=jnp.float32),
                 jnp.einsum('bkgts,btkgc->bskc', d_scores_BxKxGxTxS, q_BxTxKxGxC, preferred_element_type=jnp.float32),
@@ -133,19 +141,23 @@ def _backward(scale, query_block, key_block, saved, d_z_BxTxHxC):
   d_q_NxBxTxKxGxC, (d_k_NxBxSxKxC, d_v_NxBxSxKxC) = jax.lax.scan(
       to_keys, jnp.zeros(q_NxBxTxKxGxC.shape), _numbered(_split(k_BxSxKxC, key_block), _split(v_BxSxKxC, key_block)))
   d_q_BxTxHxC = _join(d_q_NxBxTxKxGxC, T).reshape(q_BxTxHxC.shape)
+  d_sinks_H = None
+  if sinks_H is not None:
+    pattern_NxBxKxGxT = jnp.exp(sinks_H.reshape(K, H // K, 1) - log_total_NxBxKxGxT)
+    d_sinks_H = -jnp.einsum('nbkgt,nbtkg->kg', pattern_NxBxKxGxT, dot_NxBxTxKxG).reshape(H).astype(sinks_H.dtype)
   return (d_q_BxTxHxC.astype(q_BxTxHxC.dtype), _join(d_k_NxBxSxKxC, S).astype(k_BxSxKxC.dtype),
-          _join(d_v_NxBxSxKxC, S).astype(v_BxSxKxC.dtype), None)
+          _join(d_v_NxBxSxKxC, S).astype(v_BxSxKxC.dtype), None, d_sinks_H)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _blockwise_mask(mask: AttentionMask, T: int, S: int, H: int, K: int, scale: float, query_block: int,
-                    key_block: int) -> tuple[Callable, Callable]:
+def _blockwise_mask(mask: AttentionMask, T: int, S: int, H: int, K: int, scale: float, softcap: float | None,
+                    query_block: int, key_block: int) -> tuple[Callable, Callable]:
   """Two functions of the numbers of a query block i and a key block j.
 
   seen(i, j): False if by their positions alone none of these queries may see any of these keys.
-  scores_of(i, j, q, k): their scores BxKxGxTxS in float32, and where they count (None: everywhere).
+  scores_of(i, j, q, k): their (capped) scores BxKxGxTxS in float32, and where they count (None: everywhere).
   """
   query_segments, key_segments, dense = (
       _pad_axis(mask.query_segments_BxT, 1, query_block), _pad_axis(mask.key_segments_BxS, 1, key_block), mask.dense)
@@ -168,6 +180,8 @@ def _blockwise_mask(mask: AttentionMask, T: int, S: int, H: int, K: int, scale: 
   def scores_of(i, j, q_BxTxKxGxC, k_BxSxKxC):
     scores_BxKxGxTxS = scale * jnp.einsum('btkgc,bskc->bkgts', q_BxTxKxGxC, k_BxSxKxC,
                                           preferred_element_type=jnp.float32)
+    if softcap is not None:
+      scores_BxKxGxTxS = softcap * jnp.tanh(scores_BxKxGxTxS / softcap)
     keys_S = j * key_block + jnp.arange(key_block)
     allowed = mask.block(
         i * query_block + jnp.arange(query_block), keys_S, _cut(query_segments, 1, i, query_block),

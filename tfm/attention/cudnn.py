@@ -29,6 +29,7 @@ def supports(request: Request) -> str | None:
       (not any(map(importlib.util.find_spec, PLUGINS)), "this JAX has no CUDA; pip install 'tfm[cuda]'"),
       (capability < 8, f'it needs a GPU of compute capability 8.0 (Ampere) or later, not {capability}'),
       (request.needs_whole_pattern, request.needs_whole_pattern),
+      (request.needs_own_softmax, request.needs_own_softmax),
       (request.dtype not in ('bfloat16', 'float16'),
        f"it computes in bfloat16 or float16, not {request.dtype}; set model.dtype='bfloat16'"),
       (request.value_width != request.width,

@@ -18,6 +18,8 @@ def attend(
     *,
     bias: jax.Array | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks_H: jax.Array | None = None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
     tap: Callable[[str, jax.Array], jax.Array] = lambda name, value: value,
 ) -> jax.Array:
@@ -28,10 +30,14 @@ def attend(
     k_BxSxKxC, v_BxSxKxC: keys and values; H must be a multiple of K, and each key/value head serves H / K query heads
       in a row (grouped-query attention). Values may be of another width than keys; it is the width of the output.
     mask: who may attend to whom; None is everybody.
-    bias: added to the scaled scores, broadcastable to BxHxTxS.
+    bias: added to the scaled (and capped) scores, broadcastable to BxHxTxS.
     scale: 1 / sqrt(C) if None.
+    softcap: scaled scores become softcap * tanh(scores / softcap), before bias and mask (Gemma 2, 2024).
+    sinks_H: a float32 score for each head that joins the softmax as one more key without a value, so that a pattern may
+      sum to less than 1 (Xiao et al. 2023, section 3.3; gpt-oss, 2025).
     dropout: applied to the pattern.
-    tap: sees `scores`, `pattern` (both float32, BxHxTxS) and `z` (BxTxHxC) and returns what to go on with.
+    tap: sees `scores` (capped, biased, masked), `pattern` (both float32, BxHxTxS, without the sinks) and `z` (BxTxHxC)
+      and returns what to go on with.
 
   Returns:
     BxTxHxC in the type of the values. A query that may attend to nothing gets exactly 0, and so do its gradients.
@@ -47,6 +53,8 @@ def attend(
   q_BxTxKxGxC = q_BxTxHxC.reshape(B, T, K, H // K, C)
   scores_BxKxGxTxS = jnp.einsum('btkgc,bskc->bkgts', q_BxTxKxGxC, k_BxSxKxC, preferred_element_type=jnp.float32)
   scores_BxHxTxS = scores_BxKxGxTxS.reshape(B, H, T, S) * scale
+  if softcap is not None:
+    scores_BxHxTxS = softcap * jnp.tanh(scores_BxHxTxS / softcap)
   if bias is not None:
     scores_BxHxTxS = scores_BxHxTxS + bias
   allowed = None if mask is None else mask.to_array(T, S)
@@ -54,7 +62,7 @@ def attend(
     # Finite, not -inf: a row without any key must give 0 and not NaN, in the gradient too.
     scores_BxHxTxS = jnp.where(allowed, scores_BxHxTxS, jnp.finfo(jnp.float32).min)
   scores_BxHxTxS = tap('scores', scores_BxHxTxS)
-  pattern_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1)
+  pattern_BxHxTxS = _softmax(scores_BxHxTxS, sinks_H)
   if allowed is not None:
     pattern_BxHxTxS = jnp.where(allowed, pattern_BxHxTxS, 0.0)
   pattern_BxHxTxS = tap('pattern', pattern_BxHxTxS)
@@ -63,3 +71,13 @@ def attend(
   pattern_BxKxGxTxS = pattern_BxHxTxS.reshape(B, K, H // K, T, S).astype(v_BxSxKxC.dtype)
   z_BxTxKxGxC = jnp.einsum('bkgts,bskc->btkgc', pattern_BxKxGxTxS, v_BxSxKxC)
   return tap('z', z_BxTxKxGxC.reshape(B, T, H, v_BxSxKxC.shape[-1]))
+
+
+def _softmax(scores_BxHxTxS: jax.Array, sinks_H: jax.Array | None) -> jax.Array:
+  if sinks_H is None:
+    return jax.nn.softmax(scores_BxHxTxS, axis=-1)
+  sinks_Hx1x1 = sinks_H[:, None, None]
+  top_BxHxTx1 = jax.lax.stop_gradient(jnp.maximum(
+      jnp.max(scores_BxHxTxS, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min), sinks_Hx1x1))
+  weights_BxHxTxS = jnp.exp(scores_BxHxTxS - top_BxHxTx1)
+  return weights_BxHxTxS / (jnp.sum(weights_BxHxTxS, axis=-1, keepdims=True) + jnp.exp(sinks_Hx1x1 - top_BxHxTx1))

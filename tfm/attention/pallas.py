@@ -28,6 +28,7 @@ def supports(request: Request) -> str | None:
       (importlib.util.find_spec('jax.experimental.pallas.ops.tpu.splash_attention') is None,
        'this JAX has no splash attention; install jax>=0.10,<0.12'),
       (request.needs_whole_pattern, request.needs_whole_pattern),
+      (request.sinks, 'sinks are not passed on to it'),
       (request.dtype not in ('bfloat16', 'float32'), f'it computes in bfloat16 or float32, not {request.dtype}'),
       (not T or not S or T % BLOCKS[-1] or S % BLOCKS[-1],
        f'{T} queries and {S} keys must be multiples of {BLOCKS[-1]}'),
@@ -54,11 +55,12 @@ def attend(
     mask: AttentionMask | None = None,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
   """As `dot_product.attend`, for requests that `supports` accepts. `interpret` runs the kernel without a TPU."""
   mask = AttentionMask() if mask is None else mask
-  here = functools.partial(_attend_here, scale, int(mask.shift), interpret)
+  here = functools.partial(_attend_here, scale, softcap, int(mask.shift), interpret)
   mask = mask.replace(offset=None)  # an argument of a transformed function would be traced
   if Request.of(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask).partitioned:
     # The compiler cannot cut a kernel, so each device is given its rows and heads.
@@ -67,7 +69,7 @@ def attend(
   return here(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask)
 
 
-def _attend_here(scale, offset, interpret, q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask):
+def _attend_here(scale, softcap, offset, interpret, q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask):
   from jax.experimental.pallas.ops.tpu import splash_attention as splash  # experimental, so only when it is used
 
   mask = mask.replace(offset=offset)
@@ -79,7 +81,7 @@ def _attend_here(scale, offset, interpret, q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask
       block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
   kernel = splash.make_splash_mha(
       splash.MultiHeadMask([_static_mask(splash, mask, T, S)] * H), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-      interpret=interpret)
+      attn_logits_soft_cap=softcap, interpret=interpret)
   segments = _segments(mask, B, T, S)
   # The kernel has no scale of its own.
   q_BxTxHxC = (q_BxTxHxC * (C**-0.5 if scale is None else scale)).astype(q_BxTxHxC.dtype)

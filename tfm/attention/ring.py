@@ -61,7 +61,7 @@ def attend(
 
 def supports(request: Request) -> str | None:
   """None if `attend` can honour the request on the mesh that is set, or why not, as the end of a sentence."""
-  reason = sharded_refusal(request)
+  reason = sharded_refusal(request) or request.needs_own_softmax
   if reason is not None:
     return reason
   if request.mask is not None and request.mask.dense is not None:

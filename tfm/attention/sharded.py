@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import PartitionSpec
 
 from tfm.attention.masks import AttentionMask
+from tfm.parallel.mesh import BATCH_AXES
 
 if TYPE_CHECKING:
   from tfm.attention.attend import Request
 
-CONTEXT, BATCH, HEADS = 'context', ('data', 'fsdp'), 'tensor'
+CONTEXT, BATCH, HEADS = 'context', BATCH_AXES, 'tensor'
 HEADED = PartitionSpec(BATCH, CONTEXT, HEADS)
 """How queries, keys, values and the output lie on the mesh."""
 WHOLE = PartitionSpec(BATCH, None, HEADS)
@@ -29,14 +31,14 @@ def sharded_refusal(request: Request) -> str | None:
     return f'there is no mesh with the axes {", ".join(sorted(missing))}; set one with jax.set_mesh'
   if mesh.manual_axes:
     return f'the mesh axes {", ".join(mesh.manual_axes)} are manual here; call it outside of shard_map and pmap'
-  rows, tensor = mesh.shape[BATCH[0]] * mesh.shape[BATCH[1]], mesh.shape[HEADS]
+  rows, tensor = math.prod(mesh.shape[name] for name in BATCH), mesh.shape[HEADS]
   if request.heads % request.key_heads:
     return f'{request.heads} query heads cannot share {request.key_heads} key/value heads; make one divide the other'
   if request.key_heads % tensor:
     return (f'{request.key_heads} key/value heads cannot be shared out over {tensor} devices of the mesh axis {HEADS}; '
             f'make them a multiple, or the axis smaller')
   if request.batch % rows:
-    return (f'{request.batch} rows cannot be shared out over {rows} devices of the mesh axes {" and ".join(BATCH)}; '
+    return (f'{request.batch} rows cannot be shared out over {rows} devices of the mesh axes {", ".join(BATCH)}; '
             f'make the batch a multiple')
   return None
 

@@ -57,7 +57,7 @@ def attend(
 
 def supports(request: Request) -> str | None:
   """None if `attend` can honour the request on the mesh that is set, or why not, as the end of a sentence."""
-  reason = sharded_refusal(request)
+  reason = sharded_refusal(request) or request.needs_own_softmax
   if reason is not None:
     return reason
   T, S, n = request.query_length, request.key_length, context_size()

@@ -3,7 +3,7 @@
 One turn of the loop, per sentence:
 
   1. The 2M most probable one-token continuations of the M live hypotheses are the candidates. (At most M of them end,
-     one per hypothesis, so at least M can go on.)
+     one per hypothesis, so at least M can go on; with several ids that end it is as many M more.)
   2. A candidate that ends with EOS and ranks among the first M joins the ended hypotheses, scored by log-probability /
      length penalty; the best M of these are kept. One that ranks lower is dropped, as in fairseq and Hugging Face: a
      beam of M would not have reached it.
@@ -16,7 +16,6 @@ nothing is left to search, so there both rules are 'full'.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -25,8 +24,8 @@ from flax import struct
 
 from tfm.decoding.cache import Cache, Step
 from tfm.decoding.length_penalty import LengthPenalty, length_penalty
-from tfm.decoding.loop import IMPOSSIBLE, check_arguments, forced_tokens, is_one_of, token_log_probs
-from tfm.special_ids import BOS, EOS, PAD
+from tfm.decoding.loop import IMPOSSIBLE, check_arguments, forced_tokens, is_end, is_one_of, token_log_probs
+from tfm.special_ids import OURS, SpecialIds
 
 StopRule = Literal['bound', 'full']
 
@@ -72,7 +71,7 @@ class BeamState:
 def beam_search(step: Step, cache: Cache, max_lengths_B: jax.Array, length: int, beam_size: int = 4,
                 num_hypotheses: int = 1, alpha: float = 0.6, form: LengthPenalty = 'gnmt', stop: StopRule = 'bound',
                 prefix_BxP: jax.Array | None = None, prefix_lengths_B: jax.Array | None = None,
-                forbidden: Sequence[int] = (PAD, BOS)) -> Hypotheses:
+                special: SpecialIds = OURS) -> Hypotheses:
   """The `num_hypotheses` best outputs that a beam of `beam_size` finds for every sentence.
 
   Equal log-probabilities are ranked by hypothesis, then by token id, lowest first, so the result is deterministic. A
@@ -91,7 +90,7 @@ def beam_search(step: Step, cache: Cache, max_lengths_B: jax.Array, length: int,
       penalty is most favourable at the limit. 'full' is faster and inexact; Hugging Face's early_stopping=True.
     prefix_BxP: int32, forced first tokens (no BOS). While they last, a sentence has a single hypothesis.
     prefix_lengths_B: int32, how many of them count for each sentence; 0 for none.
-    forbidden: ids that are never chosen (forcing them is allowed).
+    special: which ids begin, end and fill up, and which are never chosen (forcing them is allowed).
 
   Raises:
     ValueError: an argument out of range.
@@ -99,27 +98,29 @@ def beam_search(step: Step, cache: Cache, max_lengths_B: jax.Array, length: int,
   check_arguments(length, prefix_BxP, prefix_lengths_B)
   _check(beam_size, num_hypotheses, alpha, form, stop)
   B, M = max_lengths_B.shape[0], beam_size
+  K = M * (1 + len(special.ends))  # so many candidates that M of them go on
   limits_B = jnp.minimum(max_lengths_B, length)
 
   def unfinished(state: BeamState) -> jax.Array:
     return (state.t < length) & ~jnp.all(state.done_B)
 
   def extend(state: BeamState) -> BeamState:
-    last_BxM = jnp.where(state.t == 0, BOS, state.live_tokens_BxMxL[:, :, state.t - 1])   # B x M
+    last_BxM = jnp.where(state.t == 0, special.start, state.live_tokens_BxMxL[:, :, state.t - 1])   # B x M
     logits_RxTxV, cache = step(last_BxM.reshape(B * M, 1), state.cache)                   # R x 1 x V
     log_probs_BxMxV = token_log_probs(logits_RxTxV[:, -1]).reshape(B, M, -1)              # B x M x V
     forced_B, forced_token_B = forced_tokens(prefix_BxP, prefix_lengths_B, state.t, B)
     V = log_probs_BxMxV.shape[-1]
-    allowed_BxV = jnp.where(forced_B[:, None], jnp.arange(V) == forced_token_B[:, None], ~is_one_of(forbidden, V))
+    free_V = ~is_one_of(special.forbidden, V)
+    allowed_BxV = jnp.where(forced_B[:, None], jnp.arange(V) == forced_token_B[:, None], free_V)
     log_probs_BxMxV = jnp.where(allowed_BxV[:, None], log_probs_BxMxV, IMPOSSIBLE)
 
     totals_BxMxV = jnp.maximum(state.live_log_prob_BxM[:, :, None] + log_probs_BxMxV, IMPOSSIBLE)
-    log_prob_BxK, flat_BxK = jax.lax.top_k(totals_BxMxV.reshape(B, M * V), 2 * M)         # B x K, K = 2M
+    log_prob_BxK, flat_BxK = jax.lax.top_k(totals_BxMxV.reshape(B, M * V), K)             # B x K
     parent_BxK, token_BxK = flat_BxK // V, flat_BxK % V                                   # equal: lowest first
     tokens_BxKxL = _pick(state.live_tokens_BxMxL, parent_BxK).at[:, :, state.t].set(token_BxK)
 
-    is_eos_BxK = token_BxK == EOS
-    ends_BxK = is_eos_BxK & (log_prob_BxK > DEAD) & (jnp.arange(2 * M) < M)
+    is_eos_BxK = is_end(token_BxK, special)
+    ends_BxK = is_eos_BxK & (log_prob_BxK > DEAD) & (jnp.arange(K) < M)
     penalty = length_penalty(state.t + 1, alpha, form)
     scores_BxE = jnp.concatenate(                                                         # B x (M + K)
         [state.ended_scores_BxM, jnp.where(ends_BxK, log_prob_BxK / penalty, IMPOSSIBLE)], axis=1)
@@ -155,15 +156,16 @@ def beam_search(step: Step, cache: Cache, max_lengths_B: jax.Array, length: int,
   start = BeamState(
       t=jnp.int32(0),
       cache=cache,
-      live_tokens_BxMxL=jnp.full((B, M, length), PAD, jnp.int32),
+      live_tokens_BxMxL=jnp.full((B, M, length), special.pad, jnp.int32),
       # Only one empty hypothesis: M equal ones would grow M times the same continuations.
       live_log_prob_BxM=jnp.full((B, M), IMPOSSIBLE, jnp.float32).at[:, 0].set(0.0),
-      ended_tokens_BxMxL=jnp.full((B, M, length), PAD, jnp.int32),
+      ended_tokens_BxMxL=jnp.full((B, M, length), special.pad, jnp.int32),
       ended_lengths_BxM=jnp.zeros((B, M), jnp.int32),
       ended_log_prob_BxM=jnp.full((B, M), IMPOSSIBLE, jnp.float32),
       ended_scores_BxM=jnp.full((B, M), IMPOSSIBLE, jnp.float32),
       done_B=limits_B <= 0)
-  return _n_best(jax.lax.while_loop(unfinished, extend, start), limits_B, num_hypotheses, alpha, form)
+  return _n_best(jax.lax.while_loop(unfinished, extend, start), limits_B, num_hypotheses, alpha, form,
+                 special.pad)
 
 
 def _pick(values: jax.Array, index_BxK: jax.Array) -> jax.Array:
@@ -182,7 +184,7 @@ def _freeze(old: BeamState, new: BeamState) -> BeamState:
 
 
 def _n_best(state: BeamState, limits_B: jax.Array, num_hypotheses: int, alpha: float,
-            form: LengthPenalty) -> Hypotheses:
+            form: LengthPenalty, pad: int) -> Hypotheses:
   """Ended hypotheses first, then those cut at the limit, each best first; empty places last."""
   ended_BxM = state.ended_scores_BxM > IMPOSSIBLE
   # Where a sentence stopped before its limit, either n have ended or nothing lives: only cut ones are ever used here.
@@ -197,7 +199,7 @@ def _n_best(state: BeamState, limits_B: jax.Array, num_hypotheses: int, alpha: f
   filled_BxM = _pick(class_BxE, best_BxM) < 2
   lengths_BxM = best(state.ended_lengths_BxM, jnp.broadcast_to(limits_B[:, None], cut_BxM.shape))
   return Hypotheses(
-      tokens_BxMxL=jnp.where(filled_BxM[..., None], best(state.ended_tokens_BxMxL, state.live_tokens_BxMxL), PAD),
+      tokens_BxMxL=jnp.where(filled_BxM[..., None], best(state.ended_tokens_BxMxL, state.live_tokens_BxMxL), pad),
       lengths_BxM=jnp.where(filled_BxM, lengths_BxM, 0),
       log_prob_BxM=jnp.where(filled_BxM, best(state.ended_log_prob_BxM, state.live_log_prob_BxM), IMPOSSIBLE),
       scores_BxM=jnp.where(filled_BxM, best(state.ended_scores_BxM, cut_scores_BxM), IMPOSSIBLE),

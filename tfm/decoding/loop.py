@@ -4,8 +4,9 @@ Rules shared by every search of this package:
 
   - A row has its own limit (`max_lengths_B`), so what comes out depends neither on padding nor on the other rows. At
     its limit a row stops as it is: the last token is not turned into EOS, and `finished` says False.
-  - PAD and BOS are never chosen. Log-probabilities are the model's log-softmax over the whole vocabulary, *not*
-    renormalised over what may be chosen, so that they equal the score of the same tokens under teacher forcing.
+  - Some ids (padding, <s>) are never chosen: `SpecialIds.forbidden`. Log-probabilities are the model's log-softmax over
+    the whole vocabulary, *not* renormalised over what may be chosen, so that they equal the score of the same tokens
+    under teacher forcing.
   - The first tokens of a row may be forced (`prefix_BxP`, `prefix_lengths_B`); they count in length and score. Any id
     can be forced; a forced EOS ends the row. The limit holds for forced tokens too.
 """
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tfm.decoding.cache import Cache, Step
-from tfm.special_ids import BOS, EOS, PAD
+from tfm.special_ids import OURS, SpecialIds
 
 LEAST = -1e6
 """Floor of a token's log-probability: a forced token that the model gives probability 0 leaves sums finite."""
@@ -32,13 +33,13 @@ class Decoded:
   """One output per row."""
 
   tokens_BxL: jax.Array
-  """int32: the generated ids without BOS, EOS included, PAD after the end."""
+  """int32: the generated ids without the first, the end included, padding after it."""
   lengths_B: jax.Array
-  """int32: generated tokens, EOS included."""
+  """int32: generated tokens, the end included."""
   log_prob_B: jax.Array
   """float32, nats: the sum over the generated tokens, forced ones included."""
   finished_B: jax.Array
-  """bool: ended with EOS; False: cut at the row's limit."""
+  """bool: ended by itself; False: cut at the row's limit."""
   token_log_probs_BxL: jax.Array
   """float32, nats: the model's log-probability of each token, 0 after the end."""
 
@@ -49,18 +50,22 @@ Choose = Callable[[jax.Array, jax.Array], jax.Array]
 
 def autoregress(step: Step, cache: Cache, choose: Choose, max_lengths_B: jax.Array, length: int,
                 prefix_BxP: jax.Array | None = None, prefix_lengths_B: jax.Array | None = None,
-                forbidden: Sequence[int] = (PAD, BOS)) -> Decoded:
-  """Feeds BOS, then its own output, to `step` until every row has written EOS or reached its limit.
+                special: SpecialIds = OURS, first_B: jax.Array | None = None) -> tuple[Decoded, Cache]:
+  """Feeds the first token, then its own output, to `step` until every row has written an end or reached its limit.
 
   Args:
     step: the model, see `tfm.decoding.cache`.
     cache: fresh from `init_cache` with one row per output.
     choose: picks the next token of every row.
-    max_lengths_B: int32, most tokens of each row, EOS included; 0: an empty output. More than `length` is `length`.
+    max_lengths_B: int32, most tokens of each row, the end included; 0: an empty output. More than `length` is `length`.
     length: L, static: width of the output and most turns of the loop.
-    prefix_BxP: int32, forced first tokens (no BOS), padded on the right with anything.
+    prefix_BxP: int32, forced first tokens (without the one fed first), padded on the right with anything.
     prefix_lengths_B: int32, how many of them count in each row; 0 for none.
-    forbidden: ids that are never chosen (forcing them is allowed).
+    special: which ids begin, end and fill up, and which are never chosen (forcing them is allowed).
+    first_B: int32, the token that each row is fed first; None is `special.start`.
+
+  Returns:
+    What was written, and the cache, which has read all of it but the last token of the longest row.
   """
   check_arguments(length, prefix_BxP, prefix_lengths_B)
   rows = max_lengths_B.shape[0]
@@ -75,14 +80,14 @@ def autoregress(step: Step, cache: Cache, choose: Choose, max_lengths_B: jax.Arr
     logits_BxTxV, cache = step(last_B[:, None], cache)
     log_probs_BxV = token_log_probs(logits_BxTxV[:, -1])
     forced_B, forced_token_B = forced_tokens(prefix_BxP, prefix_lengths_B, t, rows)
-    allowed_V = ~is_one_of(forbidden, log_probs_BxV.shape[-1])
+    allowed_V = ~is_one_of(special.forbidden, log_probs_BxV.shape[-1])
     chosen_B = choose(jnp.where(allowed_V, log_probs_BxV, IMPOSSIBLE), t).astype(jnp.int32)
     token_B = jnp.where(forced_B, forced_token_B, chosen_B)
     log_prob_B = jnp.take_along_axis(log_probs_BxV, token_B[:, None], axis=-1)[:, 0]
 
-    token_B = jnp.where(done_B, PAD, token_B)
+    token_B = jnp.where(done_B, special.pad, token_B)
     log_prob_B = jnp.where(done_B, 0.0, log_prob_B)
-    ends_B = ~done_B & (token_B == EOS)
+    ends_B = ~done_B & is_end(token_B, special)
     out = Decoded(
         tokens_BxL=out.tokens_BxL.at[:, t].set(token_B),
         lengths_B=out.lengths_B + ~done_B,
@@ -92,10 +97,12 @@ def autoregress(step: Step, cache: Cache, choose: Choose, max_lengths_B: jax.Arr
     return t + 1, cache, token_B, done_B | ends_B | (t + 1 >= limits_B), out
 
   nothing = Decoded(
-      tokens_BxL=jnp.full((rows, length), PAD, jnp.int32), lengths_B=jnp.zeros(rows, jnp.int32),
+      tokens_BxL=jnp.full((rows, length), special.pad, jnp.int32), lengths_B=jnp.zeros(rows, jnp.int32),
       log_prob_B=jnp.zeros(rows), finished_B=jnp.zeros(rows, bool), token_log_probs_BxL=jnp.zeros((rows, length)))
-  start = (jnp.int32(0), cache, jnp.full(rows, BOS, jnp.int32), limits_B <= 0, nothing)
-  return jax.lax.while_loop(unfinished, write_one, start)[-1]
+  first_B = jnp.full(rows, special.start, jnp.int32) if first_B is None else first_B
+  start = (jnp.int32(0), cache, first_B, limits_B <= 0, nothing)
+  _, cache, _, _, out = jax.lax.while_loop(unfinished, write_one, start)
+  return out, cache
 
 
 def token_log_probs(logits: jax.Array) -> jax.Array:
@@ -116,6 +123,11 @@ def highest(values_BxV: jax.Array) -> jax.Array:
 def is_one_of(ids: Sequence[int], vocabulary: int) -> jax.Array:
   """bool [V]: which ids of the vocabulary are in `ids`."""
   return jnp.isin(jnp.arange(vocabulary), jnp.asarray(ids, jnp.int32))
+
+
+def is_end(tokens: jax.Array, special: SpecialIds) -> jax.Array:
+  """bool of the same shape: which tokens end an output."""
+  return (tokens[..., None] == jnp.array(special.ends, jnp.int32)).any(-1)
 
 
 def forced_tokens(prefix_BxP: jax.Array | None, prefix_lengths_B: jax.Array | None, t: jax.Array,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
 from tfm.decoding.cache import Cache, Step
-from tfm.decoding.loop import IMPOSSIBLE, Decoded, autoregress, highest
-from tfm.special_ids import BOS, PAD
+from tfm.decoding.loop import IMPOSSIBLE, Choose, Decoded, autoregress, highest
+from tfm.special_ids import OURS, SpecialIds
 
 
 def sample(step: Step, cache: Cache, max_lengths_B: jax.Array, length: int, keys_B: jax.Array,
            temperature: jax.Array | float = 1.0, top_k: int = 0, top_p: jax.Array | float = 1.0,
            prefix_BxP: jax.Array | None = None, prefix_lengths_B: jax.Array | None = None,
-           forbidden: Sequence[int] = (PAD, BOS)) -> Decoded:
+           special: SpecialIds = OURS, first_B: jax.Array | None = None) -> Decoded:
   """Draws one output per row.
 
   Token t of a row uses the random bits of fold_in(key of the row, t) and nothing else, so a sentence's sample depends
@@ -37,13 +35,22 @@ def sample(step: Step, cache: Cache, max_lengths_B: jax.Array, length: int, keys
   """
   _check(keys_B, max_lengths_B.shape[0], temperature, top_k, top_p)
 
+  choose = drawing(keys_B, temperature, top_k, top_p)
+  return autoregress(step, cache, choose, max_lengths_B, length, prefix_BxP, prefix_lengths_B, special, first_B)[0]
+
+
+def drawing(keys_B: jax.Array, temperature: jax.Array | float, top_k: int, top_p: jax.Array | float,
+            first: jax.Array | int = 0) -> Choose:
+  """The `Choose` of sampling; `first` is the number of the first token (of each row, maybe) where a text is written
+  in pieces."""
+
   def draw(log_probs_BxV: jax.Array, t: jax.Array) -> jax.Array:
     truncated_BxV = truncate(log_probs_BxV / temperature, top_k, top_p)
-    keys_at_t_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, t)
+    keys_at_t_B = jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(t + first, keys_B.shape).astype(jnp.uint32))
     gumbel_BxV = jax.vmap(lambda key: jax.random.gumbel(key, truncated_BxV.shape[1:]))(keys_at_t_B)
     return highest(truncated_BxV + gumbel_BxV)  # the maximum of log p + Gumbel noise is distributed as p
 
-  return autoregress(step, cache, draw, max_lengths_B, length, prefix_BxP, prefix_lengths_B, forbidden)
+  return draw
 
 
 def truncate(logits_BxV: jax.Array, top_k: int = 0, top_p: jax.Array | float = 1.0) -> jax.Array:

@@ -22,20 +22,27 @@ class Embedding(nn.Module):
   vocab_multiple: int = 1
 
   def setup(self):
-    rows = -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-    table = self.param('table', nn.initializers.normal(self.d_model**-0.5), (rows, self.d_model))
+    table = self.param('table', nn.initializers.normal(self.d_model**-0.5), (self.rows, self.d_model))
     # Gathered along the width before it is used: looking up slices of rows would scatter a batch over all devices.
     self.table = constrain(table, 'vocab', 'embed')
+
+  @property
+  def rows(self) -> int:
+    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
   def __call__(self, ids_BxT: jax.Array) -> jax.Array:
     """Rows of the table, BxTxD."""
     return jnp.take(self.table, ids_BxT, axis=0, mode='clip').astype(self.dtype)
 
-  def logits(self, x_BxTxD: jax.Array) -> jax.Array:
-    """x table^T, BxTxV, accumulated and returned in float32."""
+  def logits(self, x_BxTxD: jax.Array, bias_V: jax.Array | None = None, softcap: float | None = None) -> jax.Array:
+    """x table^T + bias, BxTxV, accumulated and returned in float32; with `softcap` cap * tanh(logits / cap)."""
     table = self.table.astype(self.dtype)
     logits_BxTxV = jnp.einsum('btd,vd->btv', x_BxTxD.astype(self.dtype), table, preferred_element_type=jnp.float32)
     logits_BxTxV = constrain(logits_BxTxV, 'batch', 'length', 'vocab')
-    if len(table) == self.vocab_size:
+    if bias_V is not None:
+      logits_BxTxV = logits_BxTxV + bias_V
+    if softcap is not None:
+      logits_BxTxV = softcap * jnp.tanh(logits_BxTxV / softcap)
+    if self.rows == self.vocab_size:
       return logits_BxTxV
-    return jnp.where(jnp.arange(len(table)) < self.vocab_size, logits_BxTxV, jnp.finfo(jnp.float32).min)
+    return jnp.where(jnp.arange(self.rows) < self.vocab_size, logits_BxTxV, jnp.finfo(jnp.float32).min)

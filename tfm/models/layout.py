@@ -13,7 +13,7 @@ _LAYER = re.compile(r'layers_(\d+)')
 
 
 def layout_of(params: dict[str, Any]) -> Layout:
-  return 'scanned' if 'layers' in params['decoder'] else 'unrolled'
+  return 'scanned' if any('layers' in params.get(stack, ()) for stack in ('encoder', 'decoder')) else 'unrolled'
 
 
 def to_layout(params: dict[str, Any], layout: Layout) -> dict[str, Any]:

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax.core.scope import DenyList
 
+from tfm.attention.masks import AttentionMask, causal, window
 from tfm.config import TransformerConfig
-from tfm.models.layers import DecoderLayer, EncoderLayer, split
+from tfm.models.layers import DecoderLayer, EncoderLayer, Tokens, split
+from tfm.models.positions import RelativeBias, alibi, alibi_slopes
 
 REMAT_POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,
@@ -28,7 +30,7 @@ def _with_remat(layer: type[nn.Module], config: TransformerConfig) -> type[nn.Mo
 def _scanned(layer: type[nn.Module], length: int, broadcast: int, methods: dict[str, dict] | None = None):
   """`layer` looped over stacked parameters: (carry, one value per layer..., `broadcast` values for all)."""
   common = dict(
-      # Every collection but the parameters passes too (taps, intermediates): nn.scan drops silently what is not named.
+      # Every collection but the parameters passes too (taps, losses): nn.scan drops silently what is not named.
       variable_axes={'params': 0, DenyList(('params',)): 0},
       split_rngs={'params': True},
       length=length,
@@ -38,12 +40,33 @@ def _scanned(layer: type[nn.Module], length: int, broadcast: int, methods: dict[
   return nn.scan(layer, methods={name: {**common, **axes} for name, axes in every.items()})
 
 
-class EncoderStack(nn.Module):
-  """The encoder's layers; with pre-norm also the final LayerNorm."""
+class Stack(nn.Module):
+  """What both stacks have in common: the positions that act inside self-attention."""
 
   config: TransformerConfig
 
   def setup(self):
+    if self.config.positions == 'relative':
+      self.relative_bias = RelativeBias(self.config.relative_buckets, self.config.relative_max_distance,
+                                        self.config.num_heads)
+
+  def tokens(self, mask: AttentionMask, T: int, S: int, positions, real_BxT, offset=None) -> Tokens:
+    """What the layers are told; `offset` is the position of the first of T queries among S keys (None: 0)."""
+    c, bias, first = self.config, None, 0 if offset is None else offset
+    if c.window is not None:
+      mask = mask & window(c.window, offset)
+    if c.positions == 'alibi':
+      bias = alibi(alibi_slopes(c.num_heads), T, S, first)
+    elif c.positions == 'relative':
+      bias = self.relative_bias(T, S, first, bidirectional=not mask.causal)
+    return Tokens(mask, positions if c.positions == 'rope' else None, bias, real_BxT if c.experts else None)
+
+
+class EncoderStack(Stack):
+  """The encoder's layers."""
+
+  def setup(self):
+    super().setup()
     c = self.config
     layer = _with_remat(EncoderLayer, c)
     if c.scan_layers:
@@ -51,54 +74,58 @@ class EncoderStack(nn.Module):
     else:
       self.layers = [layer(c) for _ in range(c.encoder_layers)]
 
-  def __call__(self, x_BxSxD, mask, dropout_key=None):
-    c = self.config
-    keys = split(dropout_key, c.encoder_layers)
+  def __call__(self, x_BxSxD, mask: AttentionMask, positions, real_BxS=None, dropout_key=None):
+    c, S = self.config, x_BxSxD.shape[1]
+    keys, tokens = split(dropout_key, c.encoder_layers), self.tokens(mask, S, S, positions, real_BxS)
     if c.scan_layers:
-      return self.layers(x_BxSxD, _stack(keys), mask)[0]
+      return self.layers(x_BxSxD, _stack(keys), tokens)[0]
     for layer, key in zip(self.layers, keys):
-      x_BxSxD, _ = layer(x_BxSxD, key, mask)
+      x_BxSxD, _ = layer(x_BxSxD, key, tokens)
     return x_BxSxD
 
 
-class DecoderStack(nn.Module):
-  """The decoder's layers: all positions at once, or step by step with a cache."""
-
-  config: TransformerConfig
+class DecoderStack(Stack):
+  """The decoder's layers: all positions at once, or step by step with a cache. Without an encoder memory is None."""
 
   def setup(self):
+    super().setup()
     c = self.config
     layer = _with_remat(DecoderLayer, c)
     if c.scan_layers:
       # A cache holds rows first (they are reordered in beam search) and layers second.
       self.layers = _scanned(layer, c.decoder_layers, broadcast=3, methods={
           'memory_keys_values': dict(in_axes=(nn.broadcast,), out_axes=1),
-          'step': dict(in_axes=(1, 1, nn.broadcast, nn.broadcast), out_axes=1),
+          'step': dict(in_axes=(1, 1, nn.broadcast, nn.broadcast, nn.broadcast), out_axes=1),
       })(c)
     else:
       self.layers = [layer(c) for _ in range(c.decoder_layers)]
 
-  def __call__(self, x_BxTxD, memory_BxSxD, self_mask, cross_mask, dropout_key=None):
-    c = self.config
-    keys = split(dropout_key, c.decoder_layers)
+  def __call__(self, x_BxTxD, memory_BxSxD, mask: AttentionMask, cross_mask, positions, real_BxT=None,
+               dropout_key=None):
+    c, T = self.config, x_BxTxD.shape[1]
+    keys, tokens = split(dropout_key, c.decoder_layers), self.tokens(mask, T, T, positions, real_BxT)
     if c.scan_layers:
-      return self.layers(x_BxTxD, _stack(keys), memory_BxSxD, self_mask, cross_mask)[0]
+      return self.layers(x_BxTxD, _stack(keys), memory_BxSxD, tokens, cross_mask)[0]
     for layer, key in zip(self.layers, keys):
-      x_BxTxD, _ = layer(x_BxTxD, key, memory_BxSxD, self_mask, cross_mask)
+      x_BxTxD, _ = layer(x_BxTxD, key, memory_BxSxD, tokens, cross_mask)
     return x_BxTxD
 
   def memory_keys_values(self, memory_BxSxD):
-    """Of every layer: a tuple of layers, or stacked along axis 1."""
+    """Of every layer: a tuple of layers, or stacked along axis 1; None where there is no encoder."""
+    if self.config.encoder_layers == 0:
+      return None if self.config.scan_layers else (None,) * self.config.decoder_layers
     if self.config.scan_layers:
       return self.layers.memory_keys_values(None, memory_BxSxD)[1]
     return tuple(layer.memory_keys_values(None, memory_BxSxD)[1] for layer in self.layers)
 
-  def step(self, x_RxTxD, past, memory, index, cross_mask):
+  def step(self, x_RxTxD, past, memory, index, positions, cross_mask):
+    T, S = x_RxTxD.shape[1], jax.tree.leaves(past)[0].shape[-3]
+    tokens = self.tokens(causal(offset=index), T, S, positions, None, index)
     if self.config.scan_layers:
-      return self.layers.step(x_RxTxD, past, memory, index, cross_mask)
+      return self.layers.step(x_RxTxD, past, memory, index, tokens, cross_mask)
     grown = []
     for layer, layer_past, layer_memory in zip(self.layers, past, memory):
-      x_RxTxD, layer_past = layer.step(x_RxTxD, layer_past, layer_memory, index, cross_mask)
+      x_RxTxD, layer_past = layer.step(x_RxTxD, layer_past, layer_memory, index, tokens, cross_mask)
       grown.append(layer_past)
     return x_RxTxD, tuple(grown)
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tfm.attention.masks import AttentionMask, causal, padding
-from tfm.config import ConfigError, TransformerConfig
+from tfm.attention.masks import AttentionMask, causal
+from tfm.config import ConfigError
 from tfm.decoding.cache import Cache
-from tfm.models.dropout import dropout
-from tfm.models.embedding import Embedding
-from tfm.models.layers import layer_norm, split
+from tfm.models.ends import Ends
+from tfm.models.layers import split
 from tfm.models.multihead import KeysValues
-from tfm.models.positions import LearnedPositions, sinusoidal
 from tfm.models.stack import DecoderStack, EncoderStack
-from tfm.models.tap import Tap
-from tfm.parallel.rules import constrain
-from tfm.special_ids import PAD
 
 
 @struct.dataclass
@@ -29,36 +23,30 @@ class Memory:
   mask: AttentionMask
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(Ends):
   """Encoder and decoder under the model protocol of `tfm.decoding.cache`.
 
   `init(key, source_BxS, target_BxT)` makes the parameters, `apply(variables, source_BxS, target_BxT)` gives logits;
-  `apply(..., method='encode')` and so on call the other methods. Ids are int32, padding (0) is on the right.
-  Without a `dropout_key` there is no dropout.
+  `apply(..., method='encode')` and so on call the other methods. Ids are int32, padding is on the right. Without a
+  `dropout_key` there is no dropout.
   """
 
-  config: TransformerConfig
   source_vocab_size: int
   target_vocab_size: int
 
   def setup(self):
     c = self.config
-    if c.tying == 'all' and self.source_vocab_size != self.target_vocab_size:
+    if c.tying in ('inputs', 'all') and self.source_vocab_size != self.target_vocab_size:
       raise ConfigError(
-          f"model.tying='all' needs one vocabulary, but the source has {self.source_vocab_size} ids and the target "
-          f"{self.target_vocab_size}; use a joint tokenizer or tying='target'.")
-    self.target_embedding = Embedding(self.target_vocab_size, c.d_model, c.dtype, c.vocab_multiple)
-    if c.tying != 'all':
-      self.source_embedding = Embedding(self.source_vocab_size, c.d_model, c.dtype, c.vocab_multiple)
-    if c.tying == 'none':
-      self.output = Embedding(self.target_vocab_size, c.d_model, c.dtype, c.vocab_multiple)
-    if c.positions == 'learned':
-      self.source_positions = LearnedPositions(c.max_positions, c.d_model)
-      self.target_positions = LearnedPositions(c.max_positions, c.d_model)
+          f"model.tying='{c.tying}' needs one vocabulary, but the source has {self.source_vocab_size} ids and the "
+          f"target {self.target_vocab_size}; use a joint tokenizer or tying='target'.")
+    self.target_embedding = self._make_embedding(self.target_vocab_size)
+    if c.tying not in ('inputs', 'all'):
+      self.source_embedding = self._make_embedding(self.source_vocab_size)
+    self._make_output(self.target_vocab_size)
+    self._make_side('source')
+    self._make_side('target')
     self.encoder, self.decoder = EncoderStack(c), DecoderStack(c)
-    if c.norm == 'pre':
-      self.encoder_norm, self.decoder_norm = layer_norm(c), layer_norm(c)
-    self.source_embed, self.target_embed = Tap(), Tap()
 
   def __call__(self, source_BxS, target_BxT, dropout_key=None) -> jax.Array:
     """Logits of the token after each target position, BxTxV float32 (teacher forcing)."""
@@ -70,15 +58,21 @@ class EncoderDecoder(nn.Module):
     memory = self.encode(source_BxS, dropout_key=encoder_key)
     return self._decoder_states(target_BxT, memory, decoder_key)
 
+  @property
+  def output_vocab_size(self) -> int:
+    return self.target_vocab_size
+
   # -- the model protocol ---------------------------------------------------------------------------------------------
 
   def encode(self, source_BxS, mask: AttentionMask | None = None, dropout_key=None) -> Memory:
     """The memory. `mask` says which source positions hold tokens; by default those before the padding."""
-    mask = padding(source_BxS, PAD) if mask is None else mask
+    mask = self.padding_mask(source_BxS) if mask is None else mask
     embed_key, stack_key = split(dropout_key, 2)
-    x_BxSxD = self.source_embed(self._embed('source', source_BxS, 0, embed_key))
-    x_BxSxD = self.encoder(x_BxSxD, mask, stack_key)
-    return Memory(self.encoder_norm(x_BxSxD) if self.config.norm == 'pre' else x_BxSxD, mask)
+    positions_S = jnp.arange(source_BxS.shape[1])
+    embedding = self.target_embedding if self.config.tying in ('inputs', 'all') else self.source_embedding
+    x_BxSxD = self._embed('source', embedding, source_BxS, positions_S, embed_key)
+    x_BxSxD = self.encoder(x_BxSxD, mask, positions_S, self.real(source_BxS), stack_key)
+    return Memory(x_BxSxD if self.config.norm == 'post' else self.encoder_norm(x_BxSxD), mask)
 
   def decode(self, target_BxT, memory: Memory, dropout_key=None) -> jax.Array:
     """Logits BxTxV of all positions at once. Targets begin with <s>: they are the labels shifted right."""
@@ -86,65 +80,41 @@ class EncoderDecoder(nn.Module):
 
   def init_cache(self, memory: Memory, length: int, rows_per_source: int = 1) -> Cache:
     """Room for `length` tokens of `rows_per_source` hypotheses per source sentence."""
-    c = self.config
     self._check_positions('target', length)
     rows = memory.states_BxSxD.shape[0] * rows_per_source
-
-    def empty(width):
-      shape = (rows, length, c.num_heads, width)
-      one = jnp.zeros(shape, c.dtype)
-      if c.scan_layers:
-        return jnp.broadcast_to(one[:, None], (rows, c.decoder_layers) + shape[1:])
-      return one
-
-    past = KeysValues(empty(c.key_width), empty(c.value_width))
-    return Cache(index=jnp.int32(0),
-                 source=self.decoder.memory_keys_values(memory.states_BxSxD),
-                 steps=past if c.scan_layers else (past,) * c.decoder_layers)
+    return Cache(index=jnp.int32(0), source=self.decoder.memory_keys_values(memory.states_BxSxD),
+                 steps=empty_cache(self.config, rows, length))
 
   def step(self, tokens_RxT, memory: Memory, cache: Cache) -> tuple[jax.Array, Cache]:
     """Logits RxTxV of T more tokens (any T >= 1) after those in the cache, and the grown cache."""
-    x_RxTxD = self.target_embed(self._embed('target', tokens_RxT, cache.index, None))
-    x_RxTxD, steps = self.decoder.step(x_RxTxD, cache.steps, cache.source, cache.index, memory.mask)
+    positions_T = cache.index + jnp.arange(tokens_RxT.shape[1])
+    x_RxTxD = self._embed('target', self.target_embedding, tokens_RxT, positions_T, None)
+    x_RxTxD, steps = self.decoder.step(x_RxTxD, cache.steps, cache.source, cache.index, positions_T, memory.mask)
     return self.unembed(x_RxTxD), cache.replace(index=cache.index + tokens_RxT.shape[1], steps=steps)
 
   # -- the ends -------------------------------------------------------------------------------------------------------
 
   def unembed(self, x_BxTxD) -> jax.Array:
-    """Any residual stream of the decoder to logits, BxTxV: the final norm (pre-norm only) and the output matrix."""
-    if self.config.norm == 'pre':
-      x_BxTxD = self.decoder_norm(x_BxTxD)
-    return (self.output if self.config.tying == 'none' else self.target_embedding).logits(x_BxTxD)
-
-  @property
-  def unembed_parameters(self) -> tuple[str, ...]:
-    """The entries of the parameter tree that `unembed` reads."""
-    table = 'output' if self.config.tying == 'none' else 'target_embedding'
-    return (table, 'decoder_norm') if self.config.norm == 'pre' else (table,)
+    """Any residual stream of the decoder to logits, BxTxV: the final norm (not post-norm) and the output matrix."""
+    return self._project(x_BxTxD if self.config.norm == 'post' else self.decoder_norm(x_BxTxD))
 
   def _decoder_states(self, target_BxT, memory, dropout_key):
     embed_key, stack_key = split(dropout_key, 2)
-    x_BxTxD = self.target_embed(self._embed('target', target_BxT, 0, embed_key))
+    positions_T = jnp.arange(target_BxT.shape[1])
+    x_BxTxD = self._embed('target', self.target_embedding, target_BxT, positions_T, embed_key)
     # Padding on the right of a target needs no mask of its own: a causal query never sees what follows it.
-    return self.decoder(x_BxTxD, memory.states_BxSxD, causal(), memory.mask, stack_key)
+    return self.decoder(x_BxTxD, memory.states_BxSxD, causal(), memory.mask, positions_T, self.real(target_BxT),
+                        stack_key)
 
-  def _embed(self, side, ids_BxT, first_position, dropout_key):
-    c = self.config
-    embedding = self.source_embedding if side == 'source' and c.tying != 'all' else self.target_embedding
-    x_BxTxD = embedding(ids_BxT)
-    if c.scale_embeddings:
-      x_BxTxD = x_BxTxD * jnp.asarray(c.d_model**0.5, x_BxTxD.dtype)
-    T = ids_BxT.shape[1]
-    positions_T = first_position + jnp.arange(T)
-    if c.positions == 'sinusoidal':
-      position_TxD = sinusoidal(positions_T, c.d_model)
-    else:
-      self._check_positions(side, T)
-      position_TxD = (self.source_positions if side == 'source' else self.target_positions)(positions_T)
-    x_BxTxD = constrain(x_BxTxD + position_TxD.astype(x_BxTxD.dtype), 'batch', 'length', 'embed')
-    return dropout(x_BxTxD, c.dropout, dropout_key)
 
-  def _check_positions(self, side, count):
-    limit = self.config.max_positions
-    if limit is not None and count > limit:
-      raise ValueError(f'{count} {side} positions exceed the learned table of model.max_positions={limit}.')
+def empty_cache(config, rows: int, length: int):
+  """Keys and values of every decoder layer, of no token yet: a tuple of layers, or stacked along axis 1."""
+
+  def empty(width):
+    one = jnp.zeros((rows, length, config.key_heads, width), config.dtype)
+    if config.scan_layers:
+      return jnp.broadcast_to(one[:, None], (rows, config.decoder_layers, *one.shape[1:]))
+    return one
+
+  past = KeysValues(empty(config.key_width), empty(config.value_width))
+  return past if config.scan_layers else (past,) * config.decoder_layers

@@ -21,7 +21,8 @@ from tfm.parallel.flops import model_flops
 from tfm.parallel.mesh import AXES
 from tfm.parallel.rules import shardings
 from tfm.text.buckets import Shape
-from tfm.training.step import TrainState, batch_sums, new_state
+from tfm.training.objectives import batch_sums
+from tfm.training.step import TrainState, new_state
 
 
 @dataclass(frozen=True)

@@ -37,27 +37,40 @@ class ModelFlops:
     return 3.0 * self.forward
 
 
-def model_flops(config: TransformerConfig, target_vocab_size: int, rows: int, S: int, T: int,
+def model_flops(config: TransformerConfig, vocab_size: int, rows: int, S: int, T: int,
                 halve_causal: bool = True) -> ModelFlops:
   """Of one forward pass.
 
   Args:
-    target_vocab_size: V; the source's costs nothing, it is only looked up.
+    vocab_size: V, of the output; an embedding that is only looked up costs nothing.
     rows: B, of the whole batch.
-    S: source tokens a row, padding included.
+    S: source tokens a row, padding included; of no account without an encoder.
     T: labels a row (the decoder's positions), likewise.
-    halve_causal: False charges all T x T scores of a causal layer, which the reference kernel does compute.
+    halve_causal: False charges all T x T scores of a causal layer, and all S x S of a window, which the reference
+      kernel does compute.
   """
   c = config
-  widths = c.num_heads * (c.key_width + c.value_width)  # of queries and output, or of keys and values
+  cross = c.decoder_layers if c.encoder_layers else 0
   source, target = 2.0 * rows * S, 2.0 * rows * T  # FLOPs for each weight that all tokens pass
-  seen = (T + 1) / 2 if halve_causal else T
+  heads = c.num_heads * (c.key_width + c.value_width)
+  queries = c.d_model * heads  # and output
+  keys = c.d_model * c.key_heads * (c.key_width + c.value_width)  # and values
+  mlp = c.d_model * (c.d_ff * (3 if c.gated else 2) * (c.experts_per_token if c.experts else 1) + c.experts)
+  output = c.d_model * (vocab_size + (c.d_model if c.output_transform else 0))
   return ModelFlops(
-      encoder_projections=c.encoder_layers * source * c.d_model * 2 * widths,
-      encoder_attention=c.encoder_layers * source * S * widths,
-      encoder_mlp=c.encoder_layers * source * 2 * c.d_model * c.d_ff,
-      decoder_projections=c.decoder_layers * (3 * target + source) * c.d_model * widths,
-      decoder_attention=c.decoder_layers * target * seen * widths,
-      cross_attention=c.decoder_layers * target * S * widths,
-      decoder_mlp=c.decoder_layers * target * 2 * c.d_model * c.d_ff,
-      logits=target * c.d_model * target_vocab_size)
+      encoder_projections=c.encoder_layers * source * (queries + keys),
+      encoder_attention=c.encoder_layers * source * _seen(S, c.window, False, halve_causal) * heads,
+      encoder_mlp=c.encoder_layers * source * mlp,
+      decoder_projections=c.decoder_layers * target * (queries + keys) + cross * (target * queries + source * keys),
+      decoder_attention=c.decoder_layers * target * _seen(T, c.window, True, halve_causal) * heads,
+      cross_attention=cross * target * S * heads,
+      decoder_mlp=c.decoder_layers * target * mlp,
+      logits=(target if c.decoder_layers else source) * output)
+
+
+def _seen(length: int, window: int | None, causal: bool, only: bool) -> float:
+  """Keys that a query of `length` sees on average; all of them unless `only` those are charged."""
+  if not only or (window is None and not causal):
+    return length
+  before = sum(min(t + 1, window or length) for t in range(length)) / length if length else 0.0
+  return before if causal else min(2 * before - 1, length)

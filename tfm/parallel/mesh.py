@@ -1,4 +1,4 @@
-"""The devices as a mesh with the axes data, fsdp, tensor and context."""
+"""The devices as a mesh with the axes data, fsdp, expert, tensor and context."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jax.sharding import AxisType, Mesh
 
 from tfm.config import MeshConfig, require
 
-AXES = ('data', 'fsdp', 'tensor', 'context')
+AXES = ('data', 'fsdp', 'expert', 'tensor', 'context')
 """Outermost first: devices that are neighbours, and so best connected, talk along the last axes."""
 
-BATCH_AXES = ('data', 'fsdp')
+BATCH_AXES = ('data', 'fsdp', 'expert')
 """The axes along which devices hold different rows of the batch."""
 
 

@@ -20,14 +20,26 @@ from tfm.parallel.mesh import BATCH_AXES
 
 PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     r'(query|key|value)/kernel': ('embed', 'heads', 'head_width'),
+    r'(query|key|value)/bias': ('heads', 'head_width'),
     r'(self|cross)_attention/output/kernel': ('heads', 'head_width', 'embed'),
-    r'mlp/inner/kernel': ('embed', 'mlp'),
-    r'mlp/inner/bias': ('mlp',),
+    r'(self|cross)_attention/output/bias': ('bias',),
+    r'(self|cross)_attention/sinks': ('heads',),
+    r'mlp/(inner|gate)/kernel': ('embed', 'mlp'),
+    r'mlp/(inner|gate)/bias': ('mlp',),
     r'mlp/outer/kernel': ('mlp', 'embed'),
     r'mlp/outer/bias': ('bias',),
+    r'mlp/router': ('embed', 'bias'),
+    r'mlp/(inner|gate)': ('experts', 'embed', 'mlp'),
+    r'mlp/outer': ('experts', 'mlp', 'embed'),
     r'\w*norm/(scale|bias)': ('bias',),
     r'((source|target)_embedding|output)/table': ('vocab', 'embed'),
+    r'output_bias': ('vocab',),
     r'(source|target)_positions/table': ('positions', 'embed'),
+    r'relative_bias/table': ('positions', 'heads'),
+    r'token_types/table': ('positions', 'embed'),
+    r'(output_transform|pooler)/kernel': ('embed', 'bias'),
+    r'classifier/kernel': ('embed', 'bias'),
+    r'(output_transform|pooler|classifier)/bias': ('bias',),
 }
 """End of a parameter's path -> its logical axes. Stacked layers have 'layers' in front."""
 
@@ -35,7 +47,7 @@ MeshAxes = str | tuple[str, ...] | None
 
 PARAMETER_MESH: dict[str, MeshAxes] = {
     'embed': 'fsdp', 'heads': 'tensor', 'mlp': 'tensor', 'vocab': 'tensor',
-    'head_width': None, 'positions': None, 'bias': None, 'layers': None,
+    'experts': 'expert', 'head_width': None, 'positions': None, 'bias': None, 'layers': None,
 }
 """Logical axis of a parameter -> mesh axes; None is not cut. Small vectors ('bias') are worth no communication."""
 
@@ -106,7 +118,7 @@ _REMEDIES = {
     'vocab': 'set model.vocab_multiple to a multiple of it (the added rows are masked)',
     'heads': 'choose model.num_heads as a multiple of it', 'mlp': 'choose model.d_ff as a multiple of it',
     'embed': 'choose model.d_model as a multiple of it', 'batch': 'choose data.rows_multiple as a multiple of it',
-    'length': 'choose data.width_multiple as a multiple of it',
+    'length': 'choose data.width_multiple as a multiple of it', 'experts': 'choose model.experts as a multiple of it',
 }
 
 
@@ -123,9 +135,12 @@ def _require_divisible(mesh: Any, name: str, axis: str, size: int, names: MeshAx
 # -- batches and activations ------------------------------------------------------------------------------------------
 
 
-def batch_shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
-  """Of (source_BxS, target_BxT). A target is one longer than what is computed of it, so it is cut by rows alone."""
-  return (NamedSharding(mesh, PartitionSpec(BATCH_AXES, 'context')), NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+def batch_shardings(mesh: Mesh, shape: str) -> tuple[NamedSharding, NamedSharding]:
+  """Of the two arrays of a batch for a model of this shape (`TransformerConfig.shape`). What a decoder learns from is
+  one longer than what is computed of it, so it is cut by rows alone."""
+  rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  positions = NamedSharding(mesh, PartitionSpec(BATCH_AXES, 'context'))
+  return {'encoder_decoder': (positions, rows), 'decoder_only': (rows, rows), 'encoder_only': (positions,) * 2}[shape]
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:

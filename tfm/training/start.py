@@ -13,9 +13,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tfm.config import Config, ConfigError, require
-from tfm.models.build import build_model, count_parameters, initialize
+from tfm.models.build import Model, build_model, count_parameters, initialize
 from tfm.models.layout import to_layout
-from tfm.models.transformer import EncoderDecoder
 from tfm.parallel.compile import require_rows, share_of_rows
 from tfm.parallel.mesh import build_mesh
 from tfm.parallel.rules import shardings
@@ -44,7 +43,7 @@ class Start:
   tokenizers: Tokenizers
   batches: Batches
   validation_batches: list[Batch]
-  model: EncoderDecoder
+  model: Model
   mesh: Mesh
   state: TrainState
   checkpoints: Checkpoints
@@ -121,7 +120,7 @@ def _validation_batches(config: Config, corpus: Corpus, tokenizers: Tokenizers, 
   return found
 
 
-def _fresh_state(config: Config, model: EncoderDecoder) -> TrainState:
+def _fresh_state(config: Config, model: Model) -> TrainState:
   key = jax.random.fold_in(jax.random.key(config.training.seed), 0)
   return new_state(config, model, initialize(model, key))
 

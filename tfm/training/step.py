@@ -11,9 +11,9 @@ import optax
 from flax import struct
 
 from tfm.config import Config
-from tfm.models.transformer import EncoderDecoder
-from tfm.special_ids import PAD
-from tfm.training.loss import Sums, chunked_token_sums
+from tfm.models.build import Model
+from tfm.training.loss import Sums
+from tfm.training.objectives import Batch, batch_sums
 from tfm.training.optimizer import build_optimizer
 from tfm.training.schedule import learning_rate
 
@@ -39,28 +39,13 @@ class StepMetrics:
   learning_rate: jax.Array
 
 
-Batch = tuple[jax.Array, jax.Array]
-"""source_BxS, target_BxT: int32 ids, padded on the right with 0; targets begin with <s> and end with </s>."""
-
-
-def new_state(config: Config, model: EncoderDecoder, params: Any) -> TrainState:
+def new_state(config: Config, model: Model, params: Any) -> TrainState:
   optimizer = build_optimizer(config.optimizer, config.model.d_model, config.training.steps)
   key = jax.random.fold_in(jax.random.key(config.training.seed), 1)  # 0 is the key of the initialisation
   return TrainState(jnp.int32(0), params, optimizer.init(params), key)
 
 
-def batch_sums(model: EncoderDecoder, params: Any, batch: Batch, smoothing: float, dropout_key=None) -> Sums:
-  """Loss sums of a batch. The decoder's inputs are the targets shifted right: without the last token."""
-  source_BxS, target_BxT = batch
-  hidden_BxTxD = model.apply({'params': params}, source_BxS, target_BxT[:, :-1], dropout_key, method='hidden')
-  labels_BxT = target_BxT[:, 1:]
-  return chunked_token_sums(
-      lambda params, hidden_BxTxD: model.apply({'params': params}, hidden_BxTxD, method='unembed'),
-      {name: params[name] for name in model.unembed_parameters}, hidden_BxTxD, labels_BxT,
-      (labels_BxT != PAD).astype(jnp.float32), smoothing, model.target_vocab_size)
-
-
-def build_step(config: Config, model: EncoderDecoder,
+def build_step(config: Config, model: Model,
                axis_name: str | None = None) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
   """The step of this config, not yet compiled.
 

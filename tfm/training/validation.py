@@ -12,8 +12,8 @@ from tfm.scores import bleu, chrf, exact_match
 from tfm.text.batches import Batch
 from tfm.text.corpora import Pair
 from tfm.training.loss import Sums
+from tfm.training.objectives import batch_sums
 from tfm.training.run_folder import write_whole
-from tfm.training.step import batch_sums
 from tfm.translator import Translator
 
 BETTER_IS_LOWER = {'nll': True, 'bleu': False, 'chrf': False}

@@ -1,0 +1,95 @@
+"""A tokenizer of Hugging Face under the interface of ours (tfm/text/tokenizer.py)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tfm.text.tokenizer import TokenizerError, Tokenizers
+
+
+class HuggingFaceTokenizer:
+  """Wraps what `transformers.AutoTokenizer` opens; the model frames the ids with its `SpecialIds`, not the tokenizer.
+
+  Args:
+    tokenizer: a tokenizer of `transformers`.
+    target: encode as a target, where the two languages have a vocabulary each (MarianMT).
+  """
+
+  kind = 'huggingface'
+
+  def __init__(self, tokenizer: Any, target: bool = False):
+    self._tokenizer, self._target = tokenizer, target
+    self.vocab_size = len(tokenizer)
+
+  @property
+  def mask_token(self) -> str | None:
+    """How a place to be guessed is written; None: there is no such token."""
+    return self._tokenizer.mask_token
+
+  @property
+  def mask_id(self) -> int | None:
+    return self._tokenizer.mask_token_id
+
+  @property
+  def framing(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special ids that the tokenizer itself would put before and behind a text."""
+    (bare,), framed = self.encode_batch(['a']), self._tokenizer('a')['input_ids']
+    before = next(i for i in range(len(framed) + 1) if framed[i:i + len(bare)] == bare)
+    return tuple(framed[:before]), tuple(framed[before + len(bare):])
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of `text`, without special tokens."""
+    return self.encode_batch([text])[0]
+
+  def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+    """`encode` for many texts."""
+    texts = list(texts)
+    if not texts:
+      return []
+    argument = 'text_target' if self._target else 'text'
+    return self._tokenizer(**{argument: texts}, add_special_tokens=False, verbose=False)['input_ids']
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of `ids`; special ids are skipped."""
+    return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+  def tokens(self, ids: Iterable[int]) -> list[str]:
+    """One string per id, as the tokenizer writes it; an id of a row that is no token is '<37>'."""
+    words = self._tokenizer.convert_ids_to_tokens([int(i) for i in ids])
+    return [f'<{i}>' if word is None else word for i, word in zip(ids, words)]
+
+  def vocabulary(self) -> list[str]:
+    """The string of every id; the index is the id."""
+    return self.tokens(range(self.vocab_size))
+
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Write the files that `load` reads into a folder."""
+    self._tokenizer.save_pretrained(folder)
+
+  @staticmethod
+  def load(folder: str | os.PathLike[str], target: bool = False) -> HuggingFaceTokenizer:
+    """Open the tokenizer in a folder; raises `TokenizerError` if there is none."""
+    try:
+      from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+      raise ModuleNotFoundError("The tokenizer needs transformers: pip install 'tfm[huggingface]'.") from error
+    try:
+      return HuggingFaceTokenizer(AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True), target)
+    except (OSError, ValueError) as error:
+      raise TokenizerError(f'{folder} has no tokenizer that transformers can open ({error}).') from error
+
+
+_FILES = ('tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'vocab.txt', 'source.spm', 'spiece.model',
+          'tokenizer.model')
+
+
+def load_tokenizers(folder: str | os.PathLike[str]) -> Tokenizers | None:
+  """Source and target of a model in a folder, two only where transformers has them apart (MarianMT); None: no files."""
+  if not any(Path(folder, name).is_file() for name in _FILES):
+    return None
+  source = HuggingFaceTokenizer.load(folder)
+  apart = type(source._tokenizer).__name__.startswith('Marian')
+  return Tokenizers(source, HuggingFaceTokenizer(source._tokenizer, target=True) if apart else source)

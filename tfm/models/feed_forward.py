@@ -1,0 +1,46 @@
+"""The feed-forward network: two linear maps with an activation between (Vaswani et al. 2017, equation 2), or gated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+
+from tfm.config import TransformerConfig
+from tfm.models.dropout import dropout
+from tfm.models.tap import Tap
+from tfm.parallel.rules import constrain
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'relu': nn.relu,
+    'gelu': partial(nn.gelu, approximate=False), 'gelu_tanh': partial(nn.gelu, approximate=True), 'silu': nn.silu,
+    'swiglu': nn.silu, 'geglu': partial(nn.gelu, approximate=False), 'geglu_tanh': partial(nn.gelu, approximate=True),
+}
+"""The activation, or that of the gate (Shazeer 2020), by the config's name."""
+
+
+class FeedForward(nn.Module):
+  """act(x W_1 + b_1) W_2 + b_2 (equation 2); gated: (act(x W_g) * x W_1) W_2."""
+
+  config: TransformerConfig
+
+  def setup(self):
+    c = self.config
+
+    def linear(width):
+      return nn.Dense(width, use_bias=c.biases in ('mlp', 'all'), dtype=c.dtype,
+                      kernel_init=nn.initializers.xavier_uniform())
+
+    self.inner, self.outer = linear(c.d_ff), linear(c.d_model)
+    if c.gated:
+      self.gate = linear(c.d_ff)
+    self.act = Tap()
+
+  def __call__(self, x_BxTxD, dropout_key=None):
+    c, activation = self.config, ACTIVATIONS[self.config.feed_forward]
+    inner_BxTxF = self.inner(x_BxTxD)
+    act_BxTxF = activation(self.gate(x_BxTxD)) * inner_BxTxF if c.gated else activation(inner_BxTxF)
+    act_BxTxF = self.act(constrain(act_BxTxF, 'batch', 'length', 'mlp'))
+    return self.outer(dropout(act_BxTxF, c.activation_dropout, dropout_key))

@@ -1,0 +1,50 @@
+"""What is learned from a batch: the four objectives differ in what the model reads and which tokens it must say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tfm.models.build import Model
+from tfm.training.loss import Sums, chunked_token_sums
+
+Batch = tuple[jax.Array, jax.Array | None]
+"""int32 ids, padding on the right. For an encoder-decoder source_BxS and target_BxT, which begins with <s> and ends
+with </s>; for a decoder ids_BxT and segments_BxT or None; for an encoder inputs_BxT and labels_BxT, padding where
+nothing is asked (`tfm.text.objectives` makes them)."""
+
+
+def inputs_and_labels(model: Model, batch: Batch) -> tuple[tuple, jax.Array, jax.Array]:
+  """(what `model.hidden` reads, labels_BxT, bool BxT: which labels count).
+
+  - translation and span corruption (encoder-decoder): the decoder reads the target shifted right, without its last
+    token, and says it shifted left.
+  - causal language model (decoder-only): likewise with the text itself; in packed rows a token is not asked of the
+    text before it.
+  - masked language model (encoder-only): the tokens that were masked, at their own place.
+  """
+  first, second = batch
+  if model.config.shape == 'encoder_only':
+    return (first,), second, model.real(second)
+  if model.config.shape == 'encoder_decoder':
+    return (first, second[:, :-1]), second[:, 1:], model.real(second[:, 1:])
+  labels_BxT = first[:, 1:]
+  counts_BxT = model.real(labels_BxT)
+  if second is None:
+    return (first[:, :-1],), labels_BxT, counts_BxT
+  return (first[:, :-1], second[:, :-1]), labels_BxT, counts_BxT & (second[:, :-1] == second[:, 1:])
+
+
+def batch_sums(model: Model, params: Any, batch: Batch, smoothing: float, dropout_key=None) -> Sums:
+  """Loss sums of a batch; with experts the loss includes their load balance, `nll` does not."""
+  inputs, labels_BxT, counts_BxT = inputs_and_labels(model, batch)
+  hidden_BxTxD, sown = model.apply({'params': params}, *inputs, dropout_key=dropout_key, method='hidden',
+                                   mutable=['losses'])
+  sums = chunked_token_sums(
+      lambda params, hidden_BxTxD: model.apply({'params': params}, hidden_BxTxD, method='unembed'),
+      {name: params[name] for name in model.unembed_parameters}, hidden_BxTxD, labels_BxT,
+      counts_BxT.astype(jnp.float32), smoothing, model.output_vocab_size)
+  balance = sum(jnp.sum(loss) for loss in jax.tree.leaves(sown))
+  return sums.replace(loss=sums.loss + model.config.load_balance * balance) if model.config.experts else sums
