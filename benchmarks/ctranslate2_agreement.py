@@ -26,11 +26,10 @@ import numpy as np
 import tfm
 from tfm.interop.ctranslate2 import write_ctranslate2
 from tfm.interop.plain_tokenizer import vocabulary
-from tfm.interop.release import Release
+from tfm.pipeline import read
 from tfm.scores import bleu
 from tfm.special_ids import BOS, EOS
 from tfm.text.corpora import build_corpus
-from tfm.training.run_folder import RunFolder
 
 BEAM, EXTRA, TIE = 5, 50, 1e-4
 
@@ -77,11 +76,10 @@ def main() -> None:
   parser.add_argument('--output', type=Path, default=Path(__file__).parent / 'results' / 'ctranslate2_agreement.json')
   arguments = parser.parse_args()
   alpha = arguments.length_penalty
-  config, translator = RunFolder(arguments.run).read_config(), tfm.load(arguments.run)
-  pairs = build_corpus(config.data).test()[:arguments.sentences]
+  release, translator = read(arguments.run), tfm.load(arguments.run)
+  pairs = build_corpus(release.config.data).test()[:arguments.sentences]
   sources, references = map(list, zip(*pairs))
   tokenizers = translator.tokenizers
-  release = Release(config, translator.params, tokenizers, (tokenizers.source.vocab_size, tokenizers.target.vocab_size))
   with tempfile.TemporaryDirectory() as folder:
     plain, int8 = (write_ctranslate2(release, Path(folder, name), quantization)
                    for name, quantization in (('float32', None), ('int8', 'int8')))
@@ -109,7 +107,7 @@ def main() -> None:
   print(f'int8: {sum(a == b for a, b in zip(mine, small))} of {len(sources)} as tfm; model.bin {bytes_}')
   arguments.output.parent.mkdir(parents=True, exist_ok=True)
   arguments.output.write_text(json.dumps({
-      'command': f'python {sys.argv[0]} RUN ' + ' '.join(sys.argv[2:]), 'date': datetime.date.today().isoformat(),
+      'command': ' '.join(['python', sys.argv[0], 'RUN', *sys.argv[2:]]), 'date': datetime.date.today().isoformat(),
       'device': str(jax.devices()[0].device_kind), 'machine': f'{platform.machine()}, {jax.devices()[0].platform}',
       'versions': {'jax': jax.__version__, 'ctranslate2': ctranslate2.__version__, 'python': platform.python_version()},
       'beam_size': BEAM, 'length_penalty': alpha, 'sentences': len(sources), 'identical': same,

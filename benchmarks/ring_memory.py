@@ -25,16 +25,17 @@ os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8 ' + os.envir
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from jax.sharding import AxisType, NamedSharding  # noqa: E402
+from jax.sharding import NamedSharding  # noqa: E402
 
 from tfm.attention import masks, ring  # noqa: E402
+from tfm.config import MeshConfig  # noqa: E402
+from tfm.parallel.mesh import build_mesh  # noqa: E402
 
-AXES = ('data', 'fsdp', 'tensor', 'context')
 COLLECTIVES = r'\b(collective-permute|all-gather|all-reduce|all-to-all|reduce-scatter)(?:-start)?\('
 
 
 def row(devices: int, length: int, heads: int, width: int) -> dict:
-  mesh = jax.make_mesh((1, 1, 1, devices), AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:devices])
+  mesh = build_mesh(MeshConfig(data=1, context=devices), jax.devices()[:devices])
 
   def loss(q, k, v):
     return ring.attend(q, k, v, masks.causal()).sum()

@@ -376,7 +376,9 @@ VALUES = Config(
     tokenizer=TokenizerConfig('unigram', 555, False),
     data=DataConfig(source='fr', target='ja', limit=5000, held_out=77, tokens_per_batch=2048, rows_multiple=12,
                     width_multiple=14, buckets=3, max_length=98, over_long='truncate'),
-    optimizer=OptimizerConfig('cosine', 2e-3, 123, 0.8, 0.95, 1e-7, 1.5, 0.2),
+    optimizer=OptimizerConfig(name='adamw', schedule='wsd', learning_rate=2e-3, warmup_steps=123, final_fraction=0.25,
+                              decay_fraction=0.5, b1=0.8, b2=0.95, epsilon=1e-7, weight_decay=0.125, clip_norm=1.5,
+                              label_smoothing=0.2, ema_decay=0.75),
     mesh=MeshConfig(2, 3, 5, 7), training=TrainingConfig(111, 5, 2, 7, 40, 9, 3, 20, 6, 2, 'bleu', 4, False),
     decoding=DecodingConfig(6, 0.9, 'power', 'full', 33, 44, 4321))
 FILES = Config(data=DataConfig('files', limit=None, held_out=None, root='r', train='tr', validation='va', test='te'),
@@ -528,3 +530,34 @@ def test_training_ends_with_a_report(shell, numbers_run, tmp_path, caplog):
   shown = [line for line in ended.lines if line.startswith('  -> ')]
   assert len(shown) == 5 and pairs[0][0] in ended.lines
   assert (run / 'attention.png').read_bytes().startswith(b'\x89PNG') and str(run / 'attention.png') in ended.out
+
+
+# -- tfm export -------------------------------------------------------------------------------------------------------
+
+
+def test_an_exported_run_translates_like_the_run(use, numbers_run, tmp_path):
+  text = '\n'.join(LONG).encode()
+  ended = use('export', numbers_run, tmp_path / 'release', '--step', '40')
+  assert (ended.code, ended.out, ended.err) == (0, f'{tmp_path / "release"}\n', '')
+  assert use('translate', tmp_path / 'release', stdin=text).out == use('translate', numbers_run, '--step', '40',
+                                                                       stdin=text).out
+  assert_one_sentence(use('export', numbers_run, tmp_path / 'release'), 'release exists; choose another folder')
+  assert_one_sentence(use('translate', tmp_path / 'release', '--step', '40'), 'has one set of weights')
+
+
+def test_exports_for_other_programs(use, numbers_run, tmp_path):
+  assert use('export', numbers_run, tmp_path / 'engine', '--format', 'ctranslate2', '--quantization', 'int8').code == 0
+  assert {'model.bin', 'config.json', 'shared_vocabulary.json', 'tokenizer'} == set(os.listdir(tmp_path / 'engine'))
+  assert use('export', tmp_path / 'missing', tmp_path / 'x').code == 1
+  ended = use('export', numbers_run, tmp_path / 'programs', '--format', 'stablehlo', '--platforms', 'cpu', '--batch',
+              '2')
+  assert ended.code == 0, ended.err
+  assert {'encode.bin', 'step.bin', 'manifest.json', 'model.safetensors'} < set(os.listdir(tmp_path / 'programs'))
+
+
+@pytest.mark.parametrize(('arguments', 'sentence'), [
+    (['--quantization', 'int8'], '--quantization has no effect with --format safetensors; remove it'),
+    (['--format', 'ctranslate2', '--batch', '2'], '--platforms and --batch have no effect with --format ctranslate2'),
+])
+def test_options_of_another_format_are_refused(arguments, sentence, use, numbers_run, tmp_path):
+  assert_one_sentence(use('export', numbers_run, tmp_path / 'out', *arguments), sentence)

@@ -89,6 +89,21 @@ RULES = [
              'divides by warmup_steps; give warmup_steps above 0'),
     *fractions(OptimizerConfig, 'b1', 'b2', 'label_smoothing'),
     (OptimizerConfig, dict(clip_norm=0.0), 'optimizer.clip_norm is 0.0; give > 0 or None'),
+    *several(OptimizerConfig, [dict(schedule='linear', final_fraction=bad) for bad in (-0.1, 1.1, float('nan'))],
+             'optimizer.final_fraction is .*; give 0 to 1'),
+    *[(OptimizerConfig, dict(schedule=schedule, final_fraction=0.1),
+       f"optimizer.final_fraction has no effect with schedule='{schedule}'; set it to 0")
+      for schedule in ('noam', 'constant', 'rsqrt')],
+    *several(OptimizerConfig, [dict(schedule='wsd'), dict(decay_fraction=0.1)],
+             "optimizer.decay_fraction is .* with schedule=.*; give a number such as 0.1 with 'wsd'"),
+    *several(OptimizerConfig, [dict(schedule='wsd', decay_fraction=bad) for bad in (0.0, 1.1)],
+             'optimizer.decay_fraction is .*; give a number above 0 and at most 1'),
+    (OptimizerConfig, dict(name='adamw', weight_decay=-0.1), 'optimizer.weight_decay is -0.1; give 0 or more'),
+    *[(OptimizerConfig, dict(name=name, **{field: 0.5}), f"optimizer.{field} has no effect with name='{name}'; leave it")
+      for name, fields in (('adam', ['weight_decay']), ('lion', ['epsilon']),
+                           ('adafactor', ['b1', 'b2', 'epsilon', 'weight_decay'])) for field in fields],
+    *several(OptimizerConfig, [dict(ema_decay=0.0), dict(ema_decay=1.0)],
+             'optimizer.ema_decay is .*; give a number between 0 and 1, or None'),
 
     *positive(TrainingConfig, 'steps', 'accumulate', 'log_every', 'validate_every', 'checkpoint_every', 'keep_last',
               'validation_sentences'),
@@ -101,7 +116,7 @@ RULES = [
      'training.samples 3 exceeds validation_sentences 2; lower it'),
 
     *[(MeshConfig, {name: 0}, f'mesh.{name} is 0; give a number of devices, or -1 for the rest')
-      for name in ('fsdp', 'tensor', 'context')],
+      for name in ('fsdp', 'expert', 'tensor', 'context')],
     (MeshConfig, dict(tensor=-1), 'mesh.data and mesh.tensor are both -1; only one axis can take the rest'),
     (MeshConfig, dict(compiler='pmap', fsdp=2), "mesh.compiler='pmap' knows the data axis alone"),
 
@@ -113,6 +128,8 @@ RULES = [
      'mesh.context=2 cuts every sequence into 4 equal parts; set data.width_multiple to a multiple of that, not 2'),
     (Config, dict(mesh=MeshConfig(context=2), data=DataConfig(width_multiple=4, max_length=30)),
      'data.max_length 30 is not a multiple of data.width_multiple 4'),
+    (Config, dict(mesh=MeshConfig(expert=2)),
+     'mesh.expert=2 shares out experts, but model.experts is 0; set it, or leave mesh.expert at 1'),
     (Config, dict(training=TrainingConfig(accumulate=3)),
      'training.accumulate 3 does not divide data.rows_multiple 8; change one'),
     (Config, dict(tokenizer=TokenizerConfig(joint=False)),

@@ -60,11 +60,14 @@ LEAVES = {
     'data.tokens_per_batch': (1024, 'data'), 'data.buckets': (3, 'data'), 'data.max_length': (30, 'data'),
     'data.over_long': ('truncate', 'data'), 'data.rows_multiple': (4, 'loop'), 'data.width_multiple': (16, 'data'),
     'mesh.data': (2, 'mesh'), 'mesh.fsdp': (2, 'mesh'), 'mesh.tensor': (2, 'mesh'), 'mesh.context': (2, 'mesh'),
+    'mesh.expert': (2, 'mesh'),
     'mesh.compiler': ('pmap', 'mesh'),
     'optimizer.schedule': ('linear', 'step'), 'optimizer.learning_rate': (2.0, 'step'),
     'optimizer.warmup_steps': (8, 'step'), 'optimizer.b1': (0.8, 'step'), 'optimizer.b2': (0.9, 'step'),
     'optimizer.epsilon': (1e-6, 'step'), 'optimizer.clip_norm': (1.0, 'step'),
-    'optimizer.label_smoothing': (0.2, 'step'),
+    'optimizer.label_smoothing': (0.2, 'step'), 'optimizer.name': ('lion', 'step'),
+    'optimizer.weight_decay': (0.1, 'step'), 'optimizer.ema_decay': (0.9, 'step'),
+    'optimizer.final_fraction': (0.1, 'step'), 'optimizer.decay_fraction': (0.5, 'step'),
     'training.steps': (6, 'loop'), 'training.seed': (1, 'data'), 'training.accumulate': (2, 'step'),
     'training.log_every': (1, 'loop'), 'training.validate_every': (4, 'loop'),
     'training.validation_sentences': (2, 'loop'), 'training.patience': (1, 'loop'),
@@ -83,6 +86,9 @@ CONTEXT = {
     'tokenizer.joint': {'model.tying': 'target'},
     'data.root': FILES, 'data.train': FILES, 'data.validation': FILES, 'data.test': FILES,
     'data.over_long': {'data.max_length': 30},
+    'optimizer.weight_decay': {'optimizer.name': 'adamw'},
+    'optimizer.final_fraction': {'optimizer.schedule': 'linear'},
+    'optimizer.decay_fraction': {'optimizer.schedule': 'wsd', 'optimizer.decay_fraction': 0.25},
     'training.patience': {'optimizer.learning_rate': 1e-30, 'training.steps': 8},
     'training.keep_best_by': {'training.keep_last': 1},
     'training.keep_best': {'optimizer.learning_rate': 1e3, 'training.keep_last': 1},
@@ -92,6 +98,7 @@ ALONG = {
     'model.positions': {'model.max_positions': 64},
     'data.corpus': {f'data.{name}': value for name, value in FILES.items()},
     'mesh.data': {'mesh.fsdp': 4}, 'mesh.context': {'data.width_multiple': 4},
+    'mesh.expert': {'model.experts': 4, 'model.biases': 'none'},
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `train.py`, and `tfm translate | evaluate | average | export | plan`."""
+"""The command line: `train.py`, and `tfm translate | generate | evaluate | average | export | plan`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import tyro
 
 from tfm.config import Config, ConfigError
 from tfm.errors import UserError
+from tfm.evaluate import evaluate
 from tfm.parallel.distributed import Distributed, leave_at_once
 
 log = logging.getLogger('tfm')
@@ -24,7 +25,8 @@ log = logging.getLogger('tfm')
 
 def main() -> None:
   """`tfm`: use a trained run, or plan one."""
-  commands = {'translate': translate, 'evaluate': evaluate, 'average': average, 'export': export, 'plan': plan}
+  commands = {'translate': translate, 'generate': generate, 'evaluate': evaluate, 'average': average, 'export': export,
+              'plan': plan}
   _run(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog='tfm', description='Use and plan runs.'))
 
 
@@ -76,7 +78,7 @@ def _train(path: Path, arguments: list[str]) -> None:
   from tfm.text.corpora import build_corpus
   from tfm.training.compilation_cache import use_compilation_cache
   from tfm.training.loop import PeerLost, train
-  from tfm.training.report import picture, test_report
+  from tfm.training.report import picture, test_report, text_report
   use_compilation_cache()
   given.distributed.initialize()
   run = given.run or str(Path('runs') / path.stem)
@@ -89,7 +91,9 @@ def _train(path: Path, arguments: list[str]) -> None:
   if outcome.reason.startswith('SIG') or not outcome.reports:
     return
   pairs = build_corpus(given.config.data).test()
-  if pairs is not None:
+  if given.config.objective != 'translation':
+    print(text_report(load(outcome.folder), given.config))
+  elif pairs is not None:
     translator = load(outcome.folder)
     print(test_report(translator, pairs))
     print(picture(translator, pairs[0][0], outcome.folder / 'attention.png'))
@@ -113,13 +117,6 @@ def read_recipe(path: Path) -> tuple[Config, str]:
 # -- tfm --------------------------------------------------------------------------------------------------------------
 
 Step = int | Literal['best'] | None
-
-
-def _load(run: str, step: Step):
-  from tfm.pipeline import load
-  from tfm.training.compilation_cache import use_compilation_cache
-  use_compilation_cache()
-  return load(run, step)
 
 
 def translate(
@@ -155,10 +152,14 @@ def translate(
     scores: Write score and text, separated by a tab.
     chunk: Lines translated together; output appears after each chunk. A terminal is answered line by line.
   """
+  from tfm.pipeline import open_run
   from tfm.text.corpora import read_lines
+  from tfm.translator import Translator
   if chunk < 1:
     raise UserError(f'--chunk is {chunk}; give 1 or more.')
-  translator = _load(run, step)
+  translator = open_run(run, step)
+  if not isinstance(translator, Translator):
+    raise UserError(f'{run} is no encoder-decoder, so it cannot translate; try generate.')
   interactive = input is None and sys.stdin.isatty()
   lines = iter(read_lines(input)) if input is not None else _stdin_lines()
   sink = open(output, 'w', encoding='utf-8', newline='\n') if output is not None else sys.stdout
@@ -181,17 +182,13 @@ def translate(
 
 
 def _write(sink: TextIO, number: int, translation, num_hypotheses: int, scores: bool) -> None:
+  from tfm.translator import one_line
   for hypothesis in translation.hypotheses:
-    text = _one_line(hypothesis.text)
+    text = one_line(hypothesis.text)
     if num_hypotheses > 1:
       print(number, text, f'{hypothesis.score:.4f}', sep='\t', file=sink)
     else:
       print(*([f'{hypothesis.score:.4f}'] if scores else []), text, sep='\t', file=sink)
-
-
-def _one_line(text: str) -> str:
-  """One line out for one line in: a model may write a line end that it was taught."""
-  return text.replace('\r', ' ').replace('\n', ' ')
 
 
 def _stdin_lines() -> Iterator[str]:
@@ -210,65 +207,48 @@ def _bar(interactive: bool):
   return tqdm(unit=' lines', file=sys.stderr, disable=interactive or not sys.stderr.isatty())
 
 
-def evaluate(
-    runs: tyro.conf.Positional[tuple[str, ...]],
+def generate(
+    run: tyro.conf.Positional[str],
     /,
+    prompt: str | None = None,
     step: Step = None,
-    source: Path | None = None,
-    reference: Path | None = None,
-    beam_size: int | None = None,
-    length_penalty: float | None = None,
-    output: Path | None = None,
+    max_new_tokens: int = 256,
+    sampling_temperature: float | None = None,
+    sampling_topk: int = 0,
+    sampling_topp: float = 1.0,
+    stop: tuple[str, ...] = (),
+    samples: int = 1,
+    seed: int = 0,
 ) -> None:
-  """BLEU and chrF with signatures and bootstrap intervals; several runs are compared by paired bootstrap.
+  """Continue a text with a language model; it appears as it is written.
 
   Args:
-    runs: Run folders; the first is the baseline of the comparison.
-    step: Which checkpoint of each: a number, 'best' (of the validated ones), or the newest if left out.
-    source: Text file to translate; the test set of the run's config if left out.
-    reference: Its translation, line by line.
-    beam_size: The run's setting if left out.
-    length_penalty: The run's setting if left out.
-    output: Write the translations of the first run here.
+    run: Run folder, release, or 'hf:' and the name or folder of a Hugging Face model.
+    prompt: Beginning of the text; standard input, to its end, if left out.
+    step: Which checkpoint: a number, 'best' (of the validated ones), or the newest if left out.
+    max_new_tokens: Most tokens to write.
+    sampling_temperature: Sample at this temperature; the most probable token each time if left out.
+    sampling_topk: Sample from the k most probable tokens.
+    sampling_topp: Sample from the most probable tokens that make up this probability.
+    stop: End before the first of these strings.
+    samples: Write so many texts, one after the other, with seeds from --seed on.
+    seed: Seed of the samples.
   """
-  from tfm.scores import bleu, chrf, exact_match, paired_bootstrap, tokenized_bleu
-  from tfm.text.corpora import build_corpus, read_lines
-  from tfm.training.run_folder import RunFolder
-  if not runs:
-    raise UserError('Name at least one run folder.')
-  if len(set(runs)) < len(runs):
-    raise UserError('A run folder is named twice; name each once.')
-  data = RunFolder(runs[0]).read_config().data
-  if (source is None) != (reference is None):
-    raise UserError('Give both --source and --reference, or neither for the test set of the run.')
-  if source is not None:
-    sources, references = read_lines(source), read_lines(reference)
-    if len(sources) != len(references):
-      raise UserError(f'{source} has {len(sources)} lines and {reference} {len(references)}; they must match.')
-  else:
-    pairs = build_corpus(data).test()
-    if pairs is None:
-      raise UserError(f'{runs[0]} has no test set (data.test); give --source and --reference.')
-    sources, references = map(list, zip(*pairs))
-  if not sources:
-    raise UserError(f'{source} has no lines; give at least one sentence.')
-  systems = {}
-  for run in runs:
-    found = _load(run, step).translate(sources, beam_size=beam_size, length_penalty=length_penalty)
-    hypotheses = systems[run] = [_one_line(translation.text) for translation in found]
-    print(run)
-    print(f'  {bleu(hypotheses, references, bootstrap=True)}')
-    print(f'  {chrf(hypotheses, references, bootstrap=True)}')
-    try:
-      print(f'  {tokenized_bleu(hypotheses, references, data.target, bootstrap=True)}')
-    except ModuleNotFoundError as error:
-      print(f'  {error}')
-    print(f'  exact match {exact_match(hypotheses, references):.1f} %')
-  if len(systems) > 1:
-    print('paired bootstrap against the first:')
-    print(paired_bootstrap(systems, references))
-  if output is not None:
-    output.write_text('\n'.join(systems[runs[0]]) + '\n', encoding='utf-8')
+  from tfm.generator import Generator
+  from tfm.pipeline import open_run
+  if samples < 1 or (samples > 1 and sampling_temperature is None):
+    raise UserError(f'--samples is {samples}; give 1 or more, and a --sampling-temperature for more than 1.')
+  prompt = '\n'.join(_stdin_lines()) if prompt is None else prompt
+  generator = open_run(run, step)
+  if not isinstance(generator, Generator):
+    raise UserError(f'{run} is no language model (decoder-only), so it cannot generate; try translate.')
+  for number in range(samples):
+    print(prompt, end='', flush=True)
+    for piece in generator.stream(prompt, max_new_tokens=max_new_tokens, sampling_temperature=sampling_temperature,
+                                  sampling_topk=sampling_topk, sampling_topp=sampling_topp, stop=stop,
+                                  seed=seed + number):
+      print(piece, end='', flush=True)
+    print('\n' if number + 1 < samples else '')
 
 
 def average(
@@ -307,7 +287,7 @@ def export(
   """Write the weights in a form that other programs read (docs/export.md).
 
   Args:
-    run: Run folder, or a release.
+    run: Run folder, release, or 'hf:' and the name or folder of a Hugging Face model.
     output: Folder to write; it must not exist.
     format: safetensors: a release, which tfm.load opens too. ctranslate2: for that engine. stablehlo: a release and
       programs that JAX runs without tfm.
@@ -316,16 +296,12 @@ def export(
     platforms: stablehlo: what the programs are lowered for.
     batch: stablehlo: sentences in every call; any number if left out.
   """
-  from tfm.interop.release import Release, write_release
-  from tfm.training.run_folder import RunFolder
+  from tfm.pipeline import read
   if quantization is not None and format != 'ctranslate2':
     raise UserError(f'--quantization has no effect with --format {format}; remove it.')
   if format != 'stablehlo' and (batch is not None or platforms != ('cpu', 'cuda', 'tpu')):
     raise UserError(f'--platforms and --batch have no effect with --format {format}; remove them.')
-  translator = _load(run, step)
-  tokenizers = translator.tokenizers
-  release = Release(RunFolder(run).read_config(), translator.params, tokenizers,
-                    (tokenizers.source.vocab_size, tokenizers.target.vocab_size))
+  release = read(run, step)
   if format == 'ctranslate2':
     from tfm.interop.ctranslate2 import write_ctranslate2
     print(write_ctranslate2(release, output, quantization))
@@ -333,6 +309,7 @@ def export(
     from tfm.interop.stablehlo import write_stablehlo
     print(write_stablehlo(release, output, platforms, batch))
   else:
+    from tfm.interop.release import write_release
     print(write_release(release, output))
 
 

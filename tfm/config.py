@@ -11,86 +11,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from tfm.data_config import DataConfig as DataConfig
+from tfm.data_config import TokenizerConfig as TokenizerConfig
 from tfm.model_config import TransformerConfig as TransformerConfig
 from tfm.section import ConfigError as ConfigError
 from tfm.section import Section, build, require, require_fraction, require_positive
 from tfm.section import nearest as nearest
-
-
-@dataclass(frozen=True)
-class TokenizerConfig(Section):
-  """How text becomes ids. Trained on the training corpus when a run starts and stored in the run folder."""
-
-  kind: Literal['bpe', 'unigram', 'byte', 'char', 'word'] = 'bpe'
-  """Byte-level BPE, byte-level unigram, raw UTF-8 bytes, characters, or words; what is unseen is spelled in bytes."""
-  vocab_size: int | None = 8000
-  """Ids in all, the 4 special ones and 256 bytes included; None for kind='byte', which always has 260."""
-  joint: bool = True
-  """One vocabulary for both languages (needed by tying='all') or one for each."""
-
-  def check(self):
-    require(self.kind != 'byte' or self.vocab_size is None,
-            "tokenizer kind='byte' always has 260 ids; set vocab_size to None.")
-    require(self.kind == 'byte' or (self.vocab_size or 0) > 260,
-            f"tokenizer kind='{self.kind}' needs vocab_size above 260 (special ids and bytes), not {self.vocab_size}.")
-
-
-@dataclass(frozen=True)
-class DataConfig(Section):
-  """Which sentence pairs, and how they are cut into batches of a few static shapes."""
-
-  corpus: Literal['numbers', 'files'] = 'numbers'
-  """'numbers': numbers in words, made by num2words, endless. 'files': parallel text files, one sentence a line."""
-  source: str = 'en'
-  """Language of the source: a num2words code, or the suffix of the files."""
-  target: str = 'de'
-  """Language of the target, likewise."""
-  limit: int | None = 1_000_000
-  """numbers: draw from 0 ... limit - 1. None with files."""
-  held_out: int | None = 1000
-  """numbers: size of the validation set and of the test set; never drawn for training. None with files."""
-  root: str | None = None
-  """files: the folder. None with numbers."""
-  train: str | None = None
-  """files: train, for ROOT/train.de and ROOT/train.en, plain or .gz."""
-  validation: str | None = None
-  """files: the same for the validation set."""
-  test: str | None = None
-  """files: the same for the test set; None leaves out the final test."""
-  tokens_per_batch: int = 4096
-  """Token budget of a batch: rows x width of its bucket, padding included, for the longer of the two sides."""
-  rows_multiple: int = 8
-  """Rows of every batch are a multiple of this; micro-batches x data x fsdp x expert devices must divide it."""
-  width_multiple: int = 2
-  """Widths of every batch are a multiple of this; 2 x context devices must divide it."""
-  buckets: int = 4
-  """Number of static batch shapes (each is compiled once)."""
-  max_length: int = 256
-  """Longest training sentence in tokens, <s> and </s> included, on either side."""
-  over_long: Literal['drop', 'truncate'] = 'drop'
-  """What happens to longer training pairs; either way they are counted and reported."""
-
-  def check(self):
-    require_positive(self, 'tokens_per_batch', 'buckets', 'max_length', 'rows_multiple', 'width_multiple')
-    require(self.source != self.target, f"data.source and data.target are both '{self.source}'; give two languages.")
-    if self.corpus == 'numbers':
-      for name in ('root', 'train', 'validation', 'test'):
-        require(getattr(self, name) is None, f"data.{name} needs data.corpus='files'; with 'numbers' leave it out.")
-      require(self.limit is not None and self.held_out is not None and self.held_out > 0,
-              "data.corpus='numbers' needs data.limit and a data.held_out above 0.")
-      require(self.limit >= 4 * self.held_out,
-              f'data.limit {self.limit} leaves too few numbers to train on beside 2 x data.held_out {self.held_out}; '
-              'make limit at least 4 x held_out.')
-    else:
-      for name in ('root', 'train', 'validation'):
-        require(getattr(self, name) is not None, f"data.corpus='files' needs data.{name}.")
-      for name in ('limit', 'held_out'):
-        require(getattr(self, name) is None, f"data.{name} needs data.corpus='numbers'; with 'files' set it to None.")
-    require(self.max_length <= self.tokens_per_batch,
-            f'data.max_length {self.max_length} exceeds data.tokens_per_batch {self.tokens_per_batch}: '
-            'the longest sentence would not fit a batch; raise one or lower the other.')
 
 
 @dataclass(frozen=True)
@@ -122,30 +50,60 @@ class MeshConfig(Section):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
-  """Adam and its learning-rate schedule (section 5.3)."""
+  """The optimizer and its learning-rate schedule (section 5.3)."""
 
-  schedule: Literal['noam', 'constant', 'linear', 'cosine', 'rsqrt'] = 'noam'
-  """'noam': equation 3. The others warm up to `learning_rate`; 'rsqrt' then falls as 1/sqrt(step), the rest to 0."""
+  name: Literal['adam', 'adamw', 'adafactor', 'lion', 'muon'] = 'adam'
+  """'adam' (the paper's), 'adamw' (Loshchilov & Hutter 2019), 'adafactor' (Shazeer & Stern 2018; its rate is relative
+  to the size of the weights), 'lion' (Chen et al. 2023), 'muon' (Jordan 2024) for attention and feed-forward matrices
+  with AdamW for the rest."""
+  schedule: Literal['noam', 'constant', 'linear', 'cosine', 'rsqrt', 'wsd'] = 'noam'
+  """'noam': equation 3. The others warm up to `learning_rate`; 'constant' then stays, 'rsqrt' falls as 1/sqrt(step),
+  'linear' and 'cosine' to `final_fraction`, 'wsd' (MiniCPM, Hu et al. 2024) stays and falls linearly at the end."""
   learning_rate: float = 1.0
   """Peak rate; for 'noam' the factor in front of equation 3."""
   warmup_steps: int = 4000
   """Steps of linear warm-up."""
+  final_fraction: float = 0.0
+  """Rate at the last step, as a fraction of the peak, for 'linear', 'cosine' and 'wsd'."""
+  decay_fraction: float | None = None
+  """'wsd': the part of all steps, at the end, in which the rate falls (MiniCPM: 0.1). None with others."""
   b1: float = 0.9
-  """Adam's beta 1."""
+  """Beta 1 of Adam, AdamW and Lion; 'muon': of its AdamW, the matrices have momentum 0.95."""
   b2: float = 0.98
-  """Adam's beta 2."""
+  """Beta 2, likewise (Lion's authors: 0.99)."""
   epsilon: float = 1e-9
-  """Adam's epsilon."""
+  """Epsilon of Adam and AdamW."""
+  weight_decay: float = 0.0
+  """'adamw', 'lion', 'muon': rate x this x weight is taken off every matrix, embeddings included; not off biases,
+  norms and tables of positions or token types."""
   clip_norm: float | None = None
   """Scale gradients down to this global norm; None: no clipping (as in the paper)."""
   label_smoothing: float = 0.1
   """Epsilon_ls (section 5.4): target distribution (1 - e) one-hot + e / V uniform over the whole vocabulary."""
+  ema_decay: float | None = None
+  """Keep a moving average of the weights with this decay, for validation and for use; None: none."""
 
   def check(self):
     require_positive(self, 'learning_rate', 'epsilon')
     require(self.warmup_steps >= 0, f'optimizer.warmup_steps is {self.warmup_steps}; give 0 or more.')
     require(self.schedule not in ('noam', 'rsqrt') or self.warmup_steps > 0,
             f"optimizer.schedule='{self.schedule}' divides by warmup_steps; give warmup_steps above 0.")
+    require(0 <= self.final_fraction <= 1, f'optimizer.final_fraction is {self.final_fraction}; give 0 to 1.')
+    require(self.final_fraction == 0 or self.schedule in ('linear', 'cosine', 'wsd'),
+            f"optimizer.final_fraction has no effect with schedule='{self.schedule}'; set it to 0.")
+    require((self.decay_fraction is not None) == (self.schedule == 'wsd'),
+            f"optimizer.decay_fraction is {self.decay_fraction} with schedule='{self.schedule}'; give a number such as "
+            "0.1 with 'wsd' and None with others.")
+    require(self.decay_fraction is None or 0 < self.decay_fraction <= 1,
+            f'optimizer.decay_fraction is {self.decay_fraction}; give a number above 0 and at most 1.')
+    require(self.weight_decay >= 0, f'optimizer.weight_decay is {self.weight_decay}; give 0 or more.')
+    idle = {'adam': ('weight_decay',), 'adafactor': ('b1', 'b2', 'epsilon', 'weight_decay'), 'lion': ('epsilon',)}
+    for name in idle.get(self.name, ()):
+      default = getattr(OptimizerConfig, name)
+      require(getattr(self, name) == default,
+              f"optimizer.{name} has no effect with name='{self.name}'; leave it at {default}, or choose another name.")
+    require(self.ema_decay is None or 0 < self.ema_decay < 1,
+            f'optimizer.ema_decay is {self.ema_decay}; give a number between 0 and 1, or None.')
     for name in ('b1', 'b2', 'label_smoothing'):
       require_fraction(name, getattr(self, name))
     require(self.clip_norm is None or self.clip_norm > 0, f'optimizer.clip_norm is {self.clip_norm}; give > 0 or None.')
@@ -237,6 +195,7 @@ class Config(Section):
     require(self.model.tying != 'all' or self.tokenizer.joint,
             "model.tying='all' shares one matrix between the languages, but tokenizer.joint is False; "
             "set tokenizer.joint=True or model.tying='target'.")
+    self._check_objective()
     require(self.mesh.context < 2 or self.data.width_multiple % (2 * self.mesh.context) == 0,
             f'mesh.context={self.mesh.context} cuts every sequence into {2 * self.mesh.context} equal parts; set '
             f'data.width_multiple to a multiple of that, not {self.data.width_multiple}.')
@@ -249,10 +208,39 @@ class Config(Section):
     require(self.data.rows_multiple % self.training.accumulate == 0,
             f'training.accumulate {self.training.accumulate} does not divide data.rows_multiple '
             f'{self.data.rows_multiple}; change one.')
-    if self.model.max_positions is not None:
-      require(self.model.max_positions >= self.data.max_length,
-              f'model.max_positions {self.model.max_positions} is below data.max_length {self.data.max_length}; '
-              'raise max_positions or lower max_length.')
+    require(self.model.longest is None or self.model.longest >= self.data.max_length,
+            f'model.max_positions {self.model.max_positions} is below data.max_length {self.data.max_length} + '
+            f'model.position_offset {self.model.position_offset}; raise max_positions or lower max_length.')
+
+  def _check_objective(self):
+    data, shape = self.data, self.model.shape
+    require(data.monolingual or shape == 'encoder_decoder',
+            f"data.corpus='{data.corpus}' has pairs, which a model that is {shape.replace('_', '-')} cannot translate; "
+            "choose 'text' or give it both stacks.")
+    require(not data.monolingual or self.tokenizer.joint,
+            f"data.corpus='{data.corpus}' is one language and has one vocabulary; set tokenizer.joint=True.")
+    for name, default, objectives in (
+        ('packing', 'padded', ('causal',)), ('mask_rate', 0.15, ('masked', 'span_corruption')),
+        ('mean_span', 3.0, ('span_corruption',))):
+      require(getattr(data, name) == default or self.objective in objectives,
+              f'data.{name} has no effect on a {self.objective.replace("_", " ")} objective; leave it out.')
+    needed = {'masked': 1, 'span_corruption': 2}.get(self.objective, 0)
+    require(self.tokenizer.extra_ids >= needed,
+            f'tokenizer.extra_ids is {self.tokenizer.extra_ids}; the {self.objective.replace("_", " ")} objective '
+            f'needs {needed} (and as many as there are spans in a text, plus one); raise it.')
+    require(needed > 0 or self.tokenizer.extra_ids == 0,
+            f'tokenizer.extra_ids has no use in a {self.objective} objective; set it to 0.')
+    require(self.objective == 'translation' or
+            (self.training.keep_best_by, self.training.validation_sentences) == ('nll', 200),
+            'training.keep_best_by and validation_sentences are about translations, of which there are none here; '
+            'leave them out.')
+
+  @property
+  def objective(self) -> Literal['translation', 'causal', 'masked', 'span_corruption']:
+    """What is learned: it follows from the corpus and the shape of the model."""
+    if not self.data.monolingual:
+      return 'translation'
+    return {'decoder_only': 'causal', 'encoder_only': 'masked', 'encoder_decoder': 'span_corruption'}[self.model.shape]
 
 
 # -- as JSON ----------------------------------------------------------------------------------------------------------

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Literal
 
-from tfm.config import Config
 from tfm.encoder import Encoder, Filling
 from tfm.generator import Generation, Generator, Score
 from tfm.interop.release import Release, ReleaseError, is_release, read_release
-from tfm.models.build import Model, build_model, with_layout
-from tfm.special_ids import BOS, OURS, SpecialIds
-from tfm.text.tokenizer import Tokenizers
+from tfm.loaded import Loaded, assemble, framing
 from tfm.training.run_folder import RunFolder
 from tfm.translator import Hypothesis, Translation, Translator
 
 __all__ = ['Encoder', 'Filling', 'Generation', 'Generator', 'Hypothesis', 'Score', 'Translation', 'Translator', 'load']
-
-Loaded = Translator | Generator | Encoder
 
 
 def load(run: str | os.PathLike[str], step: int | Literal['best'] | None = None) -> Loaded:
@@ -34,41 +29,32 @@ def load(run: str | os.PathLike[str], step: int | Literal['best'] | None = None)
     ReleaseError: the release is damaged, has no steps to choose from, or no tokenizers.
     HuggingFaceError: the model is of a family that is not known, or does not fit its config.
   """
+  release = read(run, step)
+  if release.tokenizers is None:
+    raise ReleaseError(f'{run} has no tokenizer; read its weights with tfm.interop.release.read_release.')
+  return assemble(release.config, release.model, release.params, release.tokenizers, release.special)
+
+
+def read(run: str | os.PathLike[str], step: int | Literal['best'] | None = None) -> Release:
+  """What `load` puts together and `tfm export` writes; arguments and errors are those of `load`."""
   hugging_face = os.fspath(run).startswith('hf:')
   if step is not None and (hugging_face or is_release(run)):
     raise ReleaseError(f'{run} has one set of weights; leave out step={step!r}.')
   if hugging_face:
     from tfm.interop.huggingface import load_release
-    return _of_release(load_release(os.fspath(run).removeprefix('hf:')), run)
+    return load_release(os.fspath(run).removeprefix('hf:'))
   if is_release(run):
-    return _of_release(read_release(run), run)
+    return read_release(run)
   from tfm.training.average import run_checkpoints  # Orbax, which the others do without
   folder = RunFolder(run)
   config, tokenizers = folder.read_config(), folder.read_tokenizers()
-  params, meta = run_checkpoints(folder, config).restore_params(step)
-  model = build_model(config.model, tokenizers.source.vocab_size, tokenizers.target.vocab_size)
-  return assemble(config, with_layout(model, meta['layout'] == 'scanned'), params, tokenizers, framing(config))
+  params, _ = run_checkpoints(folder, config).restore_params(step)
+  return Release(config, params, tokenizers, (tokenizers.source.vocab_size, tokenizers.target.vocab_size),
+                 framing(config))
 
 
-def _of_release(release: Release, name: str | os.PathLike[str]) -> Loaded:
-  if release.tokenizers is None:
-    raise ReleaseError(f'{name} has no tokenizer; read its weights with tfm.interop.release.read_release.')
-  return assemble(release.config, release.model, release.params, release.tokenizers, release.special)
-
-
-def assemble(config: Config, model: Model, params: Any, tokenizers: Tokenizers, special: SpecialIds) -> Loaded:
-  """What uses a model of this shape."""
-  if config.model.shape == 'encoder_decoder':
-    return Translator(model, params, tokenizers, config.decoding, special)
-  return (Generator if config.model.shape == 'decoder_only' else Encoder)(model, params, tokenizers, special)
-
-
-def framing(config: Config) -> SpecialIds:
-  """How texts were framed in the training of this config."""
-  if config.model.shape == 'encoder_decoder':
-    return OURS
-  if config.model.shape == 'encoder_only':
-    return SpecialIds(source_prefix=(BOS,))
-  # A stream that was cut into blocks anywhere has no beginning.
-  stream = config.data.packing == 'blocks' and config.data.documents == 'file'
-  return SpecialIds(source_prefix=() if stream else (BOS,), source_suffix=())
+def open_run(run: str | os.PathLike[str], step: int | Literal['best'] | None = None) -> Loaded:
+  """`load` for a program of its own, whose compiled programs are kept for the next time."""
+  from tfm.training.compilation_cache import use_compilation_cache
+  use_compilation_cache()
+  return load(run, step)

@@ -69,6 +69,11 @@ class Translation:
     return self.hypotheses[0].attention
 
 
+def one_line(text: str) -> str:
+  """One line out for one line in: a model may write a line end that it was taught."""
+  return text.replace('\r', ' ').replace('\n', ' ')
+
+
 @dataclass(frozen=True)
 class _Job:
   """A sentence on its way through the decoder."""
@@ -161,6 +166,17 @@ class Translator:
     return [Translation(sentence, self.tokenizers.source.tokens(sources.get(offset + i, [])), found[i])
             for i, sentence in enumerate(sentences)]
 
+  def write(self, sources: Sequence[list[int]]) -> list[list[int]]:
+    """What greedy search writes for sources that are ids already, framed: a list of ids each, the end included."""
+    search = self._search(1, 1, None, None, 0, 1.0)
+    jobs = [_Job(index, list(source), list(self.special.forced)) for index, source in enumerate(sources)]
+    found: list[list[int]] = [[]] * len(jobs)
+    for batch in self._batches(jobs, search):
+      tokens_BxMxL, lengths_BxM, *_ = self._found(batch, search, 0)[1]
+      for b, job in enumerate(batch):
+        found[job.index] = tokens_BxMxL[b, 0, :lengths_BxM[b, 0]].tolist()
+    return found
+
   def _search(self, beam_size, num_hypotheses, length_penalty, temperature, top_k, top_p) -> _Search:
     d = self.decoding
     if num_hypotheses < 1:
@@ -234,7 +250,8 @@ class Translator:
       for start in range(0, len(group), rows):
         yield group[start:start + rows]
 
-  def _decode(self, batch: list[_Job], search: _Search, seed: int, with_attention: bool) -> list[list[Hypothesis]]:
+  def _found(self, batch: list[_Job], search: _Search, seed: int) -> tuple[np.ndarray, Any]:
+    """The sources as they were read, and what `_run_search` gives."""
     width = _rounded(max(len(job.source) for job in batch))
     table = self.model.config.longest
     width = min(width, table or width)
@@ -250,9 +267,13 @@ class Translator:
       prefix = _padded([job.prefix for job in batch], rows, _rounded(int(lengths_B.max())), self.special.pad), lengths_B
     indices_B = np.zeros(rows, np.int32)
     indices_B[:len(batch)] = [job.index for job in batch]
-    tokens_BxMxL, lengths_BxM, log_prob_BxM, scores_BxM, finished_BxM = jax.device_get(
+    return source_BxS, jax.device_get(
         _run_search(self.model, search, min(longest, table or longest), self.special, self.params, source_BxS,
                     limits_B, prefix, jax.random.key(seed), indices_B))
+
+  def _decode(self, batch: list[_Job], search: _Search, seed: int, with_attention: bool) -> list[list[Hypothesis]]:
+    source_BxS, found = self._found(batch, search, seed)
+    tokens_BxMxL, lengths_BxM, log_prob_BxM, scores_BxM, finished_BxM = found
     attention = None
     if with_attention:
       inputs = [_shifted(tokens_BxMxL[:, m], self.special.start) for m in range(search.num_hypotheses)]

@@ -12,7 +12,7 @@ TEXTS = ['a dog', 'two  dogs ', ' \t x', '', ' ', '</s> <pad>', '<s>', 'Ġ▁', 
 
 @pytest.mark.parametrize('kind', ['bpe', 'unigram'])
 def test_the_library_alone_gives_our_ids_and_our_text(kind, tmp_path):
-  # Taught the names of special tokens, so that these must give way.
+  # Taught the names of the special tokens, which it must not confuse with them.
   taught = [('</s> and <pad> <s>', 'x</s></s>'), ('<pad><pad>', '</s><s>'), ('<unk>', '<unk>')] * 20
   pair = train_tokenizers(TokenizerConfig(kind=kind, vocab_size=330), taught)
   file, = write_plain_tokenizers(pair, tmp_path)
@@ -20,7 +20,6 @@ def test_the_library_alone_gives_our_ids_and_our_text(kind, tmp_path):
   names = vocabulary(ours)
   assert len(set(names)) == ours.vocab_size == plain.get_vocab_size()
   assert [plain.token_to_id(name) for name in names] == list(range(ours.vocab_size))
-  assert any(name.endswith('_') for name in names[:4]), 'nothing gave way'
   for text in TEXTS + [text for pair in taught for text in pair]:
     found = plain.encode(text)
     assert found.ids == ours.encode(text) and min(found.ids, default=4) > 3

@@ -15,6 +15,7 @@ import tfm
 from tfm.config import DecodingConfig
 from tfm.interop.release import read_release
 from tfm.interop.stablehlo import StableHLOError, build_programs, write_stablehlo
+from tfm.models.layout import to_layout
 from tfm.special_ids import EOS
 from tfm.translator import Translator
 
@@ -49,11 +50,12 @@ def test_the_example_of_the_document_translates_without_tfm(make_release, tmp_pa
 ])
 def test_steps_give_the_logits_of_teacher_forcing(changes, make_release):
   release = make_release(**changes)
-  programs, weights = build_programs(release, ('cpu',)), release.named()
+  batch = 2 if release.config.model.experts else None
+  programs, weights = build_programs(release, ('cpu',), batch), release.named()
   ids_BxT = np.random.default_rng(0).integers(4, 280, (2, 5)).astype(np.int32)
   source_BxS = np.array([[9, 8, 7, EOS], [6, EOS, 0, 0]], np.int32)
   sources = (source_BxS,) if 'encode' in programs else ()
-  expected = jax.jit(release.model.apply)({'params': release.params}, *sources, ids_BxT)
+  expected = jax.jit(release.model.apply)({'params': to_layout(release.params, 'unrolled')}, *sources, ids_BxT)
   memory = programs['encode'].call(weights, source_BxS) if sources else {}
   (_, _, _, _, past), _ = jax.tree.unflatten(programs['step'].in_tree, programs['step'].in_avals)
   past = {name: jnp.zeros((2, 7, *aval.shape[2:]), aval.dtype) for name, aval in past.items()}
@@ -73,6 +75,9 @@ def test_a_fixed_batch_and_other_platforms(make_release):
 def test_what_has_no_programs(make_release, tmp_path):
   with pytest.raises(StableHLOError, match='encoder-only model writes no tokens'):
     write_stablehlo(make_release(decoder_layers=0), tmp_path / 'out')
+  for changes, batch in ((dict(encoder_layers=0), None), ({}, 2)):
+    with pytest.raises(StableHLOError, match=r'needs a fixed batch \(--batch\) and a decoder-only model'):
+      write_stablehlo(make_release(experts=2, biases='none', **changes), tmp_path / 'out', batch=batch)
   with pytest.raises(StableHLOError, match='no platform metal; choose from cpu, cuda, tpu and rocm'):
     write_stablehlo(make_release(), tmp_path / 'out', platforms=['cpu', 'metal'])
   assert not (tmp_path / 'out').exists()

@@ -9,14 +9,15 @@ import pytest
 
 from tfm.attention import masks
 from tfm.config import TransformerConfig
-from tfm.models.layers import DecoderLayer, EncoderLayer, FeedForward, split
+from tfm.models.feed_forward import FeedForward
+from tfm.models.layers import DecoderLayer, EncoderLayer, Tokens, split
 from tfm.models.multihead import MultiHeadAttention
 from tfm.models.tap import Tap
 
 B, T, S, D = 2, 4, 5, 16
 X_BxTxD, MEMORY_BxSxD = (jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
                          for seed, shape in enumerate([(B, T, D), (B, S, D)]))
-SELF, CROSS = masks.causal(), masks.lengths(jnp.array([2, 5]))
+TOKENS, CROSS = Tokens(masks.causal()), masks.lengths(jnp.array([2, 5]))
 
 
 def tiny_config(**changes) -> TransformerConfig:
@@ -26,8 +27,8 @@ def tiny_config(**changes) -> TransformerConfig:
 def make(kind: str, **changes):
   """The layer and what it is called with after the key."""
   if kind == 'encoder':
-    return EncoderLayer(tiny_config(**changes)), (SELF,)
-  return DecoderLayer(tiny_config(**changes)), (MEMORY_BxSxD, SELF, CROSS)
+    return EncoderLayer(tiny_config(**changes)), (TOKENS,)
+  return DecoderLayer(tiny_config(**changes)), (MEMORY_BxSxD, TOKENS, CROSS)
 
 
 def normalized(params, x):
@@ -36,7 +37,7 @@ def normalized(params, x):
   return x * np.asarray(params['scale']) + np.asarray(params['bias'])
 
 
-@pytest.mark.parametrize('norm', ['post', 'pre'])
+@pytest.mark.parametrize('norm', ['post', 'pre', 'sandwich'])
 @pytest.mark.parametrize('kind', ['encoder', 'decoder'])
 def test_sublayers_follow_each_other_as_in_figure_1(random_params, kind, norm):
   layer, rest = make(kind, norm=norm)
@@ -47,24 +48,28 @@ def test_sublayers_follow_each_other_as_in_figure_1(random_params, kind, norm):
     return module(layer.config).apply({'params': params[name]}, *[jnp.asarray(x, jnp.float32) if isinstance(
         x, np.ndarray) else x for x in arguments])
 
-  sublayers = [('self_attention', lambda y: run('self_attention', MultiHeadAttention, y, y, SELF))]
+  sublayers = [('self_attention', lambda y: run('self_attention', MultiHeadAttention, y, y, TOKENS.mask))]
   if kind == 'decoder':
     sublayers += [('cross_attention', lambda y: run('cross_attention', MultiHeadAttention, y, MEMORY_BxSxD, CROSS))]
   sublayers += [('mlp', lambda y: run('mlp', FeedForward, y))]
   x = np.asarray(X_BxTxD)
   for name, sublayer in sublayers:
     norm_of = partial(normalized, params[f'{name}_norm'])
-    x = norm_of(x + sublayer(x)) if norm == 'post' else x + sublayer(norm_of(x))
+    if norm == 'sandwich':
+      x = x + normalized(params[f'{name}_post_norm'], sublayer(norm_of(x)))
+    else:
+      x = norm_of(x + sublayer(x)) if norm == 'post' else x + sublayer(norm_of(x))
   np.testing.assert_allclose(layer.apply(variables, X_BxTxD, None, *rest)[0], x, atol=1e-5)
-  assert set(params) == {part for name, _ in sublayers for part in (name, f'{name}_norm')}
+  endings = ('', '_norm', *['_post_norm'] * (norm == 'sandwich'))
+  assert set(params) == {f'{name}{ending}' for name, _ in sublayers for ending in endings}
 
 
-def test_the_feed_forward_network_is_equation_2(random_params):
-  network = FeedForward(tiny_config())
-  variables = random_params(network, X_BxTxD)
-  inner, outer = (jax.tree.map(np.asarray, variables['params'][name]) for name in ('inner', 'outer'))
-  expected = np.maximum(0, X_BxTxD @ inner['kernel'] + inner['bias']) @ outer['kernel'] + outer['bias']
-  np.testing.assert_allclose(network.apply(variables, X_BxTxD), expected, atol=1e-6)
+def test_a_decoder_without_an_encoder_has_no_cross_attention(random_params):
+  layer = DecoderLayer(tiny_config(encoder_layers=0))
+  variables = random_params(layer, X_BxTxD, None, None, TOKENS, None)
+  same = EncoderLayer(layer.config)
+  np.testing.assert_array_equal(layer.apply(variables, X_BxTxD, None, None, TOKENS, None)[0],
+                                same.apply(variables, X_BxTxD, None, TOKENS)[0])
 
 
 def test_one_key_splits_into_different_ones_and_no_key_into_none():

@@ -70,7 +70,52 @@ def test_extending_a_cache_is_causal_self_attention(attention):
   past = KeysValues(jnp.full((B, T + 2, H, KEY), 1e4), jnp.full((B, T + 2, H, VALUE), -1e4))
   index, parts = 0, []
   for width in (2, 1, 2):
-    out, past = apply(x_BxTxD[:, index:index + width], past, index, method='extend')
+    out, past = apply(x_BxTxD[:, index:index + width], past, index, masks.causal(offset=index), method='extend')
     parts.append(out)
     index += width
   np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole_BxTxD, atol=1e-6)
+
+
+@pytest.mark.parametrize('norm_type', ['layer', 'rms'])
+@pytest.mark.parametrize('positions', ['rope', 'none'])
+def test_biases_norms_of_heads_rope_grouped_heads_cap_scale_and_sinks(random_params, norm_type, positions):
+  """Head by head, in this order: bias, norm, rotation; cap, bias of scores, mask, sink; bias of the output."""
+  K, cap, scale = 1, 2.0, 0.7
+  module = MultiHeadAttention(TransformerConfig(
+      d_model=D, num_heads=H, num_kv_heads=K, d_k=KEY, d_v=VALUE, biases='all', qk_norm=True, norm_type=norm_type,
+      norm_epsilon=0.1, positions=positions, attention_scale=scale, attention_softcap=cap, attention_sinks=True))
+  x_BxTxD, at_T, bias_1xHxTxT = draw(B, T, D), jnp.arange(T) + 3, draw(1, H, T, T, seed=2)
+  arguments = (x_BxTxD, x_BxTxD, masks.causal(), None, at_T if positions == 'rope' else None, bias_1xHxTxT)
+  variables = random_params(module, *arguments)
+  p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables['params'])
+
+  def project(x_TxD, name, h):
+    return x_TxD @ p[name]['kernel'][:, h] + p[name]['bias'][h]
+
+  def placed(x_TxC, name):
+    norm = p[f'{name}_norm']
+    centred_TxC = x_TxC - x_TxC.mean(1, keepdims=True) * (norm_type == 'layer')
+    x_TxC = centred_TxC / np.sqrt((centred_TxC**2).mean(1, keepdims=True) + 0.1) * norm['scale'] + norm.get('bias', 0)
+    if positions == 'none':
+      return x_TxC
+    angles = np.asarray(at_T)[:, None] * 10000.0 ** (-np.arange(KEY // 2) / (KEY // 2))
+    turned = (x_TxC[:, :KEY // 2] + 1j * x_TxC[:, KEY // 2:]) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag], axis=1)
+
+  expected_BxTxD = np.zeros((B, T, D)) + p['output']['bias']
+  for b, h in np.ndindex(B, H):
+    x_TxD = np.asarray(x_BxTxD[b], np.float64)
+    q, k = placed(project(x_TxD, 'query', h), 'query'), placed(project(x_TxD, 'key', 0), 'key')
+    scores = cap * np.tanh(q @ k.T * scale / cap) + np.asarray(bias_1xHxTxT[0, h])
+    weights = np.where(np.tri(T) > 0, np.exp(scores), 0)
+    pattern = weights / (weights.sum(1, keepdims=True) + np.exp(p['sinks'][h]))
+    expected_BxTxD[b] += pattern @ project(x_TxD, 'value', 0) @ p['output']['kernel'][h]
+  np.testing.assert_allclose(module.apply(variables, *arguments), expected_BxTxD, atol=2e-5)
+
+
+@pytest.mark.parametrize('biases, names', [('mlp', set()), ('none', set()), ('qkv', {'query', 'key', 'value'}),
+                                           ('all', {'query', 'key', 'value', 'output'})])
+def test_which_maps_have_a_bias(random_params, biases, names):
+  module = MultiHeadAttention(TransformerConfig(d_model=D, num_heads=H, biases=biases))
+  params = random_params(module, draw(B, T, D), draw(B, S, D), masks.everything())['params']
+  assert {name for name, part in params.items() if 'bias' in part} == names

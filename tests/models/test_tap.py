@@ -195,8 +195,8 @@ def program(model, variables, ids) -> str:
 def test_taps_vanish_from_compiled_programs(tiny, ids, monkeypatch, scan_layers):
   model, variables = make(tiny, scan_layers)
   with_taps = program(model, variables, ids)
-  for module in ('layers', 'multihead', 'transformer'):
+  for module in ('ends', 'feed_forward', 'layers', 'multihead'):
     monkeypatch.setattr(f'tfm.models.{module}.Tap', lambda: lambda value: value)
   _, found = jax.eval_shape(lambda: capture(model, variables, *ids, where=lambda module: True))
-  assert not any(path.endswith(('pattern', 'resid_mid', '_embed')) for path in found)  # they are gone indeed
+  assert not any(path.endswith(('pattern', 'resid_mid', '_embed', 'act')) for path in found)  # they are gone indeed
   assert program(model, variables, ids) == with_taps

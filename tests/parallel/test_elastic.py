@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -25,11 +26,13 @@ from tfm.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason='needs 8 devices: tests/test_multi_device.py has them')
 
+PLAIN, EXPERTS = {}, dict(experts=4, biases='none')
 
-def config_of(steps: int, **mesh) -> Config:
+
+def config_of(steps: int, model: dict, **mesh) -> Config:
   return Config(
       model=TransformerConfig(encoder_layers=1, decoder_layers=1, d_model=16, d_ff=32, num_heads=4, dropout=0.1,
-                              vocab_multiple=8),
+                              vocab_multiple=8, **model),
       tokenizer=TokenizerConfig(kind='char', vocab_size=290),
       data=DataConfig(limit=100, held_out=10, tokens_per_batch=512, buckets=1, max_length=32, width_multiple=8),
       optimizer=OptimizerConfig(schedule='constant', learning_rate=1e-3, warmup_steps=2), mesh=MeshConfig(**mesh),
@@ -40,23 +43,28 @@ def config_of(steps: int, **mesh) -> Config:
 
 @pytest.fixture
 def on(monkeypatch, tmp_path):
-  """`on(4, steps, **mesh)`: go on with the run of this test on so many devices."""
+  """`on(4, steps, model, **mesh)`: go on with the run of this test on so many devices."""
   everything = jax.devices()
 
-  def go_on(devices: int, steps: int, **mesh) -> Path:
+  def go_on(devices: int, steps: int, model: dict = PLAIN, **mesh) -> Path:
     monkeypatch.setattr(jax, 'devices', lambda: everything[:devices])
-    return train(config_of(steps, **mesh), str(tmp_path / 'run')).folder
+    return train(config_of(steps, model, **mesh), str(tmp_path / 'run')).folder
 
   return go_on
 
 
 @pytest.fixture(scope='module')
 def never_moved(tmp_path_factory):
-  """The same nine steps on one device."""
-  with pytest.MonkeyPatch.context() as patch:
-    first = jax.devices()[:1]
-    patch.setattr(jax, 'devices', lambda: first)
-    return figures(train(config_of(9), str(tmp_path_factory.mktemp('alone') / 'run')).folder)
+  """`never_moved(**model)`: the same nine steps on one device."""
+
+  @cache
+  def stay(**model):
+    with pytest.MonkeyPatch.context() as patch:
+      first = jax.devices()[:1]
+      patch.setattr(jax, 'devices', lambda: first)
+      return figures(train(config_of(9, model), str(tmp_path_factory.mktemp('alone') / 'run')).folder)
+
+  return stay
 
 
 def figures(folder: Path):
@@ -64,15 +72,16 @@ def figures(folder: Path):
   return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()], arrays
 
 
-@pytest.mark.parametrize('stations', [
-    [(8, dict()), (4, dict()), (1, dict())],
-    [(1, dict()), (8, dict(fsdp=4, tensor=2)), (4, dict(context=4))],
-    [(8, dict(data=1, fsdp=2, tensor=2, context=2)), (8, dict(data=4, context=2)), (2, dict(fsdp=2, data=1))]])
-def test_a_run_that_moves_trains_like_one_that_stays(on, never_moved, stations):
+@pytest.mark.parametrize('model, stations', [
+    (PLAIN, [(8, dict()), (4, dict()), (1, dict())]),
+    (PLAIN, [(1, dict()), (8, dict(fsdp=4, tensor=2)), (4, dict(context=4))]),
+    (PLAIN, [(8, dict(data=1, fsdp=2, tensor=2, context=2)), (8, dict(data=4, context=2)), (2, dict(fsdp=2, data=1))]),
+    (EXPERTS, [(8, dict(expert=4)), (1, dict()), (8, dict(data=1, fsdp=2, expert=2, tensor=2))])])
+def test_a_run_that_moves_trains_like_one_that_stays(on, never_moved, model, stations):
   for leg, (devices, mesh) in enumerate(stations):
-    folder = on(devices, 3 * (leg + 1), **mesh)
+    folder = on(devices, 3 * (leg + 1), model, **mesh)
   records, arrays = figures(folder)
-  expected, weights = never_moved
+  expected, weights = never_moved(**model)
   records = [record for record in records if record['kind'] == 'train' or record['step'] == 9]  # each leg is validated
   assert [(record['kind'], record['step']) for record in records] == [(r['kind'], r['step']) for r in expected]
   for record, other in zip(records, expected):

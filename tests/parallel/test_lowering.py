@@ -42,6 +42,12 @@ def test_the_training_step_lowers_for_an_accelerator(platform, dtype):
   assert ('tpu_custom_call' in text) == (platform == 'tpu')
 
 
+def test_the_training_step_lowers_for_cuda_with_the_kernels_of_pallas():
+  text = lowered_step(config_of('bfloat16', attention_backend='pallas'), 'cuda')
+  # Forward and twice backward, of causal attention and of the other two (which share one function).
+  assert text.count('@__gpu$xla.gpu.triton') >= 6
+
+
 @pytest.mark.parametrize('search', ['beam', 'sample'])
 @pytest.mark.parametrize('platform', PLATFORMS)
 def test_decoding_lowers_for_an_accelerator(platform, search):

@@ -129,7 +129,7 @@ def test_the_best_mesh_is_the_fastest_that_fits(uncompiled, monkeypatch):
   monkeypatch.setitem(CHIPS, 'slow', chip)
   config = recipe(tokens_per_batch=8192)
   found = plan(config, DEVICES, 'slow')
-  assert found.best.mesh == found.estimate.mesh == dict(data=DEVICES, fsdp=1, tensor=1, context=1)
+  assert found.best.mesh == found.estimate.mesh == dict(data=DEVICES, fsdp=1, expert=1, tensor=1, context=1)
   assert 'no other split' in str(found)
   assert 0 < found.mfu(found.roofline.serial) <= found.mfu(found.roofline.overlapped) < 1
   memory = 0.999 * found.best.memory.total / module.USABLE

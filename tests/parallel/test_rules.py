@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from tfm.config import Config, ConfigError, DataConfig, TransformerConfig
+from tfm.config import Config, ConfigError, DataConfig, OptimizerConfig, TransformerConfig
 from tfm.models.build import build_model, initialize
 from tfm.parallel import rules
 from tfm.parallel.mesh import AXES
@@ -20,11 +20,12 @@ from tfm.training.step import new_state
 FAMILIES = [
     TransformerConfig(encoder_layers=2, decoder_layers=2, d_model=16, d_ff=32, num_heads=4, scan_layers=scan, **fields)
     for scan in (False, True)
-    for fields in (dict(), dict(norm='pre', tying='none', positions='learned', max_positions=16), dict(tying='target'))]
+    for fields in (dict(), dict(norm='pre', tying='none', positions='learned', max_positions=16), dict(tying='target'),
+                   dict(experts=4, biases='none', feed_forward='swiglu'))]
 
 
 def mesh_of(*sizes: int) -> AbstractMesh:
-  return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4)
+  return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def state_of(model_config: TransformerConfig, vocab: int = 40):
@@ -36,13 +37,15 @@ def state_of(model_config: TransformerConfig, vocab: int = 40):
 @pytest.mark.parametrize('family', range(len(FAMILIES)))
 def test_every_parameter_and_every_moment_is_placed_along_all_that_can_cut_it(family):
   state = state_of(FAMILIES[family])
-  placed = named_leaves(rules.shardings(mesh_of(1, 2, 2, 2), state))
+  placed = named_leaves(rules.shardings(mesh_of(1, 2, 2, 2, 2), state))
   assert placed.keys() == named_leaves(state).keys()
   for name, leaf in named_leaves(state).items():
     used = [each for names in placed[name].spec if names for each in np.atleast_1d(names)]
     assert len(used) == len(set(used)) and len(rules.logical_axes(name, leaf.ndim)) == leaf.ndim
     if name.endswith(('kernel', 'embedding/table')):
       assert set(used) == {'fsdp', 'tensor'}, name
+    if re.search(r'mlp/(inner|gate|outer)$', name):
+      assert set(used) == {'expert', 'fsdp', 'tensor'}, name
   moments = [name for name in placed if '/mu/' in name]
   assert moments and all(placed[name] == placed[f'params/{name.split("/mu/")[1]}'] for name in moments)
 
@@ -57,7 +60,7 @@ def test_every_rule_and_every_logical_axis_is_used():
 
 def test_a_parameter_without_a_rule_is_an_error_that_names_it():
   with pytest.raises(ConfigError, match='No sharding rule covers params/novel/kernel'):
-    rules.shardings(mesh_of(1, 1, 1, 1), {'params': {'novel': {'kernel': jnp.zeros((2, 2))}}})
+    rules.shardings(mesh_of(1, 1, 1, 1, 1), {'params': {'novel': {'kernel': jnp.zeros((2, 2))}}})
 
 
 def test_a_rule_of_another_rank_is_an_error():
@@ -73,11 +76,13 @@ def test_a_collision_is_an_error():
 
 
 @pytest.mark.parametrize('sizes, vocab, changes, sentence', [
-    ((1, 1, 4, 1), 42, {}, r'target_embedding/table: its vocab axis has 42 entries, which the 4 devices of '
+    ((1, 1, 1, 4, 1), 42, {}, r'target_embedding/table: its vocab axis has 42 entries, which the 4 devices of '
                            r'mesh\.tensor cannot share; set model\.vocab_multiple'),
-    ((1, 1, 8, 1), 40, {}, r'heads axis has 4 entries, which the 8 devices of mesh\.tensor'),
-    ((1, 1, 4, 1), 40, dict(d_ff=30), r'mlp axis has 30 entries.*model\.d_ff'),
-    ((1, 3, 1, 1), 40, {}, r'embed axis has 16 entries, which the 3 devices of mesh\.fsdp')])
+    ((1, 1, 1, 8, 1), 40, {}, r'heads axis has 4 entries, which the 8 devices of mesh\.tensor'),
+    ((1, 1, 1, 4, 1), 40, dict(d_ff=30), r'mlp axis has 30 entries.*model\.d_ff'),
+    ((1, 3, 1, 1, 1), 40, {}, r'embed axis has 16 entries, which the 3 devices of mesh\.fsdp'),
+    ((1, 1, 4, 1, 1), 40, dict(experts=6, biases='none'),
+     r'mlp/inner: its experts axis has 6 entries, which the 4 devices of mesh\.expert.*multiple of it')])
 def test_what_the_devices_do_not_divide_is_refused_by_name(sizes, vocab, changes, sentence):
   model = TransformerConfig(encoder_layers=1, decoder_layers=1, d_model=16, num_heads=4, **{'d_ff': 32, **changes})
   with pytest.raises(ConfigError, match=sentence):
@@ -88,7 +93,7 @@ def test_a_padded_vocabulary_can_be_shared():
   model = TransformerConfig(encoder_layers=1, decoder_layers=1, d_model=16, d_ff=32, num_heads=4, vocab_multiple=8)
   state = state_of(model, 42)
   assert state.params['target_embedding']['table'].shape == (48, 16)
-  rules.shardings(mesh_of(1, 1, 4, 1), state)
+  rules.shardings(mesh_of(1, 1, 1, 4, 1), state)
 
 
 def test_activations_are_named_dimension_by_dimension():
@@ -100,6 +105,21 @@ def test_activations_are_named_dimension_by_dimension():
       return rules.constrain(x, *axes)
 
   with pytest.raises(ConfigError, match='was given 1 logical axes'):
-    constrained(('batch',), x, mesh_of(2, 1, 1, 1))
+    constrained(('batch',), x, mesh_of(2, 1, 1, 1, 1))
   with pytest.raises(ConfigError, match=r'length axis has 6 entries, which the 4 devices .*data\.width_multiple'):
-    constrained(('batch', 'length'), x, mesh_of(1, 1, 1, 4))
+    constrained(('batch', 'length'), x, mesh_of(1, 1, 1, 1, 4))
+
+
+@pytest.mark.parametrize('name', ['adamw', 'adafactor', 'lion', 'muon'])
+@pytest.mark.parametrize('scan', [False, True])
+def test_the_state_of_every_optimizer_is_placed(name, scan):
+  model_config = TransformerConfig(encoder_layers=2, decoder_layers=2, d_model=128, d_ff=128, num_heads=2, biases='all',
+                                   scan_layers=scan)
+  config = Config(model=model_config, optimizer=OptimizerConfig(name=name))
+  model = build_model(model_config, 128, 128)
+  state = jax.eval_shape(lambda: new_state(config, model, initialize(model, jax.random.key(0))))
+  placed = named_leaves(rules.shardings(mesh_of(1, 2, 1, 2, 1), state))
+  moments = {leaf for leaf in placed if re.search('/(mu|nu)/', leaf)}
+  assert all(placed[leaf] == placed[f'params/{re.split("/(?:mu|nu)/", leaf)[1]}'] for leaf in moments)
+  others = [leaf for leaf in placed if leaf.startswith('opt_state') and leaf not in moments]
+  assert all(placed[leaf].is_fully_replicated for leaf in others) and bool(moments) == (name != 'adafactor')

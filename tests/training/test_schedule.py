@@ -10,9 +10,10 @@ from tfm.training.schedule import learning_rate
 PEAK, WARMUP, TOTAL = 0.3, 10, 110
 
 
-def rates(schedule: str, warmup: int = WARMUP, total: int = TOTAL, peak: float = PEAK):
+def rates(schedule: str, warmup: int = WARMUP, total: int = TOTAL, peak: float = PEAK, **fields):
   """The rate of update 1, 2, ... as a Python float."""
-  config = OptimizerConfig(schedule=schedule, learning_rate=peak, warmup_steps=warmup)
+  fields = {**({'decay_fraction': 0.1} if schedule == 'wsd' else {}), **fields}
+  config = OptimizerConfig(schedule=schedule, learning_rate=peak, warmup_steps=warmup, **fields)
   rate = learning_rate(config, 64, total)
   return lambda step: float(rate(step - 1))
 
@@ -30,7 +31,7 @@ def test_noam_peaks_at_the_end_of_the_warm_up():
   assert max(range(1, TOTAL), key=rate) == WARMUP
 
 
-@pytest.mark.parametrize('schedule', ['constant', 'linear', 'cosine', 'rsqrt'])
+@pytest.mark.parametrize('schedule', ['constant', 'linear', 'cosine', 'rsqrt', 'wsd'])
 def test_warms_up_linearly_to_the_peak_and_leaves_it_without_a_jump(schedule):
   rate = rates(schedule)
   for step in range(1, WARMUP + 1):
@@ -59,14 +60,35 @@ def test_rsqrt_halves_when_the_steps_quadruple_and_constant_stays():
   assert {rates('constant')(step) for step in range(WARMUP, TOTAL + 50)} == {rates('constant')(WARMUP)}
 
 
-@pytest.mark.parametrize('schedule', ['constant', 'linear', 'cosine'])
+@pytest.mark.parametrize('schedule', ['constant', 'linear', 'cosine', 'wsd'])
 def test_without_warm_up_it_begins_at_the_peak(schedule):
   rate = rates(schedule, warmup=0)
   assert rate(1) == pytest.approx(PEAK, rel=0.02) and rate(1) > 0.98 * PEAK
   assert rate(TOTAL) == pytest.approx(PEAK if schedule == 'constant' else 0.0, abs=1e-7)
 
 
-@pytest.mark.parametrize('schedule', ['constant', 'linear', 'cosine', 'rsqrt', 'noam'])
+@pytest.mark.parametrize('schedule', ['constant', 'linear', 'cosine', 'rsqrt', 'noam', 'wsd'])
 def test_a_run_shorter_than_its_warm_up_only_warms_up(schedule):
   rate = rates(schedule, warmup=50, total=20)
   assert all(0 < rate(step) < rate(step + 1) < math.inf for step in range(1, 20))
+
+
+@pytest.mark.parametrize('schedule', ['linear', 'cosine', 'wsd'])
+def test_ends_at_the_final_fraction_of_the_peak(schedule):
+  rate, to_zero = rates(schedule, final_fraction=0.1), rates(schedule)
+  for step in range(WARMUP, TOTAL + 20):
+    assert rate(step) == pytest.approx(0.1 * PEAK + 0.9 * to_zero(step), rel=1e-5), step
+  assert rate(TOTAL) == rate(TOTAL + 50) == pytest.approx(0.1 * PEAK, rel=1e-5)
+  assert rate(WARMUP // 2) == pytest.approx(PEAK / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize('fraction', [0.1, 0.5])
+def test_wsd_stays_and_falls_linearly_in_the_last_fraction_of_all_steps(fraction):
+  rate, length = rates('wsd', decay_fraction=fraction), fraction * TOTAL
+  for step in range(WARMUP, TOTAL + 1):
+    assert rate(step) == pytest.approx(PEAK * min(1.0, (TOTAL - step) / length), rel=1e-5, abs=1e-8), step
+
+
+def test_wsd_that_is_all_decay_begins_to_fall_when_it_is_warm():
+  rate = rates('wsd', decay_fraction=1.0)
+  assert rate(WARMUP) == pytest.approx(PEAK) and rate((WARMUP + TOTAL) // 2) == pytest.approx(PEAK / 2, rel=1e-5)

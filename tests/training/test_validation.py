@@ -16,7 +16,8 @@ from tfm.text.batches import Encoded, Ragged, encode_pairs, evaluation_batches
 from tfm.text.buckets import Shape
 from tfm.text.corpora import build_corpus
 from tfm.training.run_folder import RunFolder
-from tfm.training.validation import out_of_patience, validate, validation_nll, write_samples
+from tfm.training.samples import write_samples
+from tfm.training.validation import out_of_patience, validate, validation_nll
 
 V = 19
 DATA = DataConfig(tokens_per_batch=64, max_length=8)

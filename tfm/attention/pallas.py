@@ -1,7 +1,8 @@
-"""Splash attention, JAX's sparse flash kernel for TPUs, written in Pallas (`jax.experimental.pallas.ops.tpu`).
+"""Kernels in Pallas: on a TPU splash attention (`jax.experimental.pallas.ops.tpu`), on a GPU those of `pallas_gpu`.
 
-Causal and window masks are known when the kernel is made and hidden blocks cost nothing; lengths and segments become
-segment ids. Of a query without any key the kernel makes a mean of values, which is set to 0 afterwards.
+Splash attention is JAX's sparse flash kernel. Causal and window masks are known when it is made and hidden blocks cost
+nothing; lengths and segments become segment ids. Of a query without any key the kernel makes a mean of values, which is
+set to 0 afterwards.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
+from tfm.attention import pallas_gpu
 from tfm.attention.attend import Request
 from tfm.attention.masks import AttentionMask
 from tfm.attention.sharded import WHOLE, mask_specs, sharded_refusal
@@ -22,9 +24,11 @@ BLOCKS = 512, 256, 128
 
 def supports(request: Request) -> str | None:
   """None, or why not, as the end of a sentence."""
+  if request.platform == 'gpu':
+    return pallas_gpu.supports(request)
   mask, T, S = request.mask, request.query_length, request.key_length
   for condition, reason in (
-      (request.platform != 'tpu', f'its kernel is for TPUs, not for {request.platform}'),
+      (request.platform != 'tpu', f'its kernels are for TPUs and GPUs, not for {request.platform}'),
       (importlib.util.find_spec('jax.experimental.pallas.ops.tpu.splash_attention') is None,
        'this JAX has no splash attention; install jax>=0.10,<0.12'),
       (request.needs_whole_pattern, request.needs_whole_pattern),
@@ -59,10 +63,14 @@ def attend(
     interpret: bool = False,
 ) -> jax.Array:
   """As `dot_product.attend`, for requests that `supports` accepts. `interpret` runs the kernel without a TPU."""
+  request = Request.of(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask)
+  if request.platform == 'gpu':
+    return pallas_gpu.attend(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, scale=scale, partitioned=request.partitioned,
+                             interpret=interpret)
   mask = AttentionMask() if mask is None else mask
   here = functools.partial(_attend_here, scale, softcap, int(mask.shift), interpret)
   mask = mask.replace(offset=None)  # an argument of a transformed function would be traced
-  if Request.of(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask).partitioned:
+  if request.partitioned:
     # The compiler cannot cut a kernel, so each device is given its rows and heads.
     here = jax.shard_map(here, in_specs=(WHOLE, WHOLE, WHOLE, mask_specs(mask, sequence=None)), out_specs=WHOLE,
                          check_vma=False)

@@ -6,6 +6,7 @@ The folder holds model.bin, config.json and vocabularies as CTranslate2 wants th
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ Quantization = Literal['int8', 'int8_float32', 'int8_float16', 'int16', 'float16
 MOST_POSITIONS = 2048
 """Rows of the position table where the model has no limit of its own."""
 NEVER = -1e4
-"""Added to the logits of <pad> and <s>: as probability 0, and still a number in float16."""
+"""Output bias of <pad> and <s>: as probability 0, and still a number in float16."""
 
 ACTIVATIONS = {'relu': 'RELU', 'gelu': 'GELU', 'gelu_tanh': 'GELUTanh', 'silu': 'SWISH', 'swiglu': 'SWISH',
                'geglu': 'GELU', 'geglu_tanh': 'GELUTanh'}
@@ -35,7 +36,8 @@ class CTranslate2Error(UserError):
   """A model that CTranslate2 cannot run; the message names the fields."""
 
 
-def write_ctranslate2(release: Release, folder: str | os.PathLike[str], quantization: Quantization | None = None) -> Path:
+def write_ctranslate2(release: Release, folder: str | os.PathLike[str],
+                      quantization: Quantization | None = None) -> Path:
   """Write a new folder that `ctranslate2.Translator` (decoder-only: `Generator`) opens.
 
   Args:
@@ -48,8 +50,8 @@ def write_ctranslate2(release: Release, folder: str | os.PathLike[str], quantiza
     ModuleNotFoundError: ctranslate2 is missing; it comes with the extra `ctranslate2`.
   """
   require_supported(release.config.model)
-  if release.tokenizers is None or release.special != OURS:
-    raise CTranslate2Error("The model does not have tfm's own tokenizers; convert it with CTranslate2's own converters.")
+  if not _is_ours(release):
+    raise CTranslate2Error("The model does not have tfm's own tokenizers; convert it with CTranslate2's converters.")
   spec = build_spec(release)
   spec.validate()
   spec.optimize(quantization)
@@ -82,6 +84,14 @@ def require_supported(config: TransformerConfig) -> None:
                            'stablehlo.')
 
 
+def _is_ours(release: Release) -> bool:
+  pair, special = release.tokenizers, release.special
+  if release.config.model.shape == 'decoder_only':  # how a prompt begins is said by who calls the engine
+    special = dataclasses.replace(special, source_prefix=OURS.source_prefix, source_suffix=OURS.source_suffix)
+  return pair is not None and special == OURS and release.vocab_sizes == (pair.source.vocab_size,
+                                                                          pair.target.vocab_size)
+
+
 def build_spec(release: Release):
   """CTranslate2's own description of the model, weights included."""
   specs = _library()
@@ -107,7 +117,8 @@ def build_spec(release: Release):
   else:
     spec = specs.TransformerDecoderModelSpec(decoder)
     spec.register_vocabulary(words)
-  spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = words[OURS.start], words[OURS.ends[0]], words[UNK]
+  for name, id_ in (('bos', OURS.start), ('eos', OURS.ends[0]), ('unk', UNK)):
+    setattr(spec.config, f'{name}_token', words[id_])
   spec.config.layer_norm_epsilon = c.norm_epsilon
   return spec
 
@@ -186,6 +197,7 @@ def _fill_attention(spec, ours, c: TransformerConfig, fused: Literal['self', 'cr
   if c.attention_scale is not None:
     spec.queries_scale = np.float32(c.attention_scale)
   if c.qk_norm:
+    spec.q_norm, spec.k_norm = (type(spec.q_norm)(rms_norm=c.norm_type == 'rms') for _ in range(2))
     _fill_norm(spec.q_norm, ours['query_norm'])
     _fill_norm(spec.k_norm, ours['key_norm'])
 

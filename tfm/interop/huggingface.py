@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tfm.config import Config, DecodingConfig, TransformerConfig
+from tfm.config import Config, DataConfig, DecodingConfig, TokenizerConfig, TransformerConfig
 from tfm.errors import UserError
 from tfm.interop.huggingface_config import Fields, HuggingFaceError
 from tfm.interop.huggingface_families import FAMILIES, Family, Tensors
@@ -41,6 +41,7 @@ from tfm.special_ids import SpecialIds
 RUNNING = ('dropout', 'attention_dropout', 'activation_dropout', 'load_balance', 'attention_backend', 'dtype',
            'scan_layers', 'remat', 'vocab_multiple')
 """Fields of ours that change no logits of the exact model; families have them in part, or not at all."""
+UNREADABLE = 'parts that exclude each other there'
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ def load_release(name_or_folder: str | os.PathLike[str]) -> Release:
     special = dataclasses.replace(special, source_prefix=before, source_suffix=behind)
   decoding = DecodingConfig(beam_size=generation.get('num_beams') or 1, length_penalty_form='power',
                             length_penalty=float(generation.get('length_penalty') or 1.0))
-  return Release(Config(model=found.config, decoding=decoding), found.params, tokenizers, (found.vocab_size,) * 2,
-                 special)
+  config = Config(model=found.config, decoding=decoding, data=_no_data(found.config),
+                  tokenizer=TokenizerConfig(extra_ids=int(found.config.shape == 'encoder_only')))
+  return Release(config, found.params, tokenizers, (found.vocab_size,) * 2, special)
 
 
 def to_huggingface(folder: str | os.PathLike[str], config: TransformerConfig, params: Any, special: SpecialIds,
@@ -115,6 +117,8 @@ def to_huggingface(folder: str | os.PathLike[str], config: TransformerConfig, pa
   extra = extra or Extra()
   config, leaves, vocab_size = _checked(config, params, vocab_size)
   name = family or extra.config.get('model_type') or _choose(config, leaves)
+  if name != extra.config.get('model_type', name):
+    raise HuggingFaceError(f"family is '{name}', but extra is of '{extra.config['model_type']}'; leave one out.")
   if name not in FAMILIES:
     raise HuggingFaceError(f"There is no family '{name}'; choose {', '.join(FAMILIES)}.")
   wrong = _differences(FAMILIES[name], config, leaves)
@@ -156,16 +160,31 @@ def _local(name_or_folder) -> Path:
   if folder.is_dir():
     return folder
   name = os.fspath(name_or_folder)
-  if folder.is_absolute() or name.startswith('.') or name.count('/') != 1:
+  if folder.is_absolute() or name.startswith('.') or name.count('/') > 1:
     raise HuggingFaceError(f"There is no folder {name}; give one, or a name on the hub such as 'owner/model'.")
   try:
     from huggingface_hub import snapshot_download
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError("Downloading needs huggingface_hub: pip install 'tfm[huggingface]'.") from error
-  # The weights of PyTorch are twice there in many places; those in safetensors are enough.
   small = ['*.json', '*.txt', '*.model', '*.spm']
-  path = Path(snapshot_download(name, allow_patterns=[*small, '*.safetensors']))
-  return path if any(path.glob('*.safetensors')) else Path(snapshot_download(name, allow_patterns=[*small, '*.bin']))
+  try:
+    # Many repositories have the weights twice; those in safetensors are enough.
+    path = Path(snapshot_download(name, allow_patterns=[*small, 'model*.safetensors']))
+    if not any(path.glob('model*.safetensors')):
+      path = Path(snapshot_download(name, allow_patterns=[*small, 'pytorch_model*.bin']))
+  except (OSError, ValueError) as error:  # what huggingface_hub raises
+    raise HuggingFaceError(f'There is no folder {name}, and the hub did not give a model of that name ({error}); check '
+                           'the name and the connection.') from error
+  return path
+
+
+def _no_data(config: TransformerConfig) -> DataConfig:
+  """What a `Config` must say of its training, which is not known here."""
+  longest = min(DataConfig.max_length, config.longest or DataConfig.max_length)
+  if config.shape == 'encoder_decoder':
+    return DataConfig(max_length=longest)
+  return DataConfig(corpus='text', source=None, target=None, limit=None, held_out=None, root='unknown', train='unknown',
+                    validation_fraction=0.01, max_length=longest)
 
 
 def _read(folder: Path) -> Imported:
@@ -183,16 +202,17 @@ def _read(folder: Path) -> Imported:
   for second, first in family.ties.items():
     if first not in tensors and second in tensors:
       tensors[first] = tensors[second]
-  fields = Fields(values)
+  fields = Fields({**family.ids, **values})
+  fields.only('is_encoder_decoder', family.shape == 'encoder_decoder')
   config, vocab_size = plain(family.read(fields, tensors)), fields('vocab_size')
   if fields.unread():
     logging.getLogger('tfm').warning(
         '%s: config.json has fields that tfm does not know and leaves aside: %s.', folder,
-        ', '.join(f'{name}={values[name]!r}' for name in fields.unread()))
+        ', '.join(f'{name}={fields.values[name]!r}' for name in fields.unread()))
   leaves, homeless = _fit(folder, tensors, family, config, vocab_size)
   extra = Extra(values, generation, {name: str(array.dtype) for name, array in arrays.items()},
                 {name: arrays[name] for name, first in firsts.items() if first in homeless})
-  special = read_special(values, generation, config.shape, family.framing, tokenizer_tokens(folder))
+  special = read_special(fields.values, generation, config.shape, family.framing, tokenizer_tokens(folder))
   return Imported(config, unflatten_dict(leaves, sep='/'), special, vocab_size, name, extra)
 
 
@@ -246,7 +266,7 @@ def _checked(config, params, vocab_size: int | None) -> tuple[TransformerConfig,
     if config.vocab_multiple > 1:
       raise HuggingFaceError(f'vocab_size is missing: with model.vocab_multiple={config.vocab_multiple} the tables may '
                              'have rows that are no tokens.')
-    vocab_size = max(len(leaves[table]) for table in tables if table in leaves)
+    vocab_size = max((len(leaves[table]) for table in tables if table in leaves), default=1)
   leaves |= {table: leaves[table][:vocab_size] for table in tables if table in leaves}
   config = plain(dataclasses.replace(config, scan_layers=False))
   expected = _shapes(config, vocab_size)
@@ -274,7 +294,7 @@ def _outlines(family: Family, config: TransformerConfig, leaves: Tensors) -> dic
 def _choose(config: TransformerConfig, leaves: Tensors) -> str:
   wrong = {name: _differences(family, config, leaves) for name, family in FAMILIES.items()
            if family.shape == config.shape}
-  nearest = min(wrong, key=lambda name: len(wrong[name]))
+  nearest = min(wrong, key=lambda name: (UNREADABLE in wrong[name], len(wrong[name])))
   if wrong[nearest]:
     raise HuggingFaceError(f"No family of Hugging Face is this model; the nearest, '{nearest}', has none with "
                            f'{", ".join(wrong[nearest])}.')
@@ -289,10 +309,11 @@ def _differences(family: Family, config: TransformerConfig, leaves: Tensors) -> 
   try:
     back = plain(family.read(Fields(written), _outlines(family, config, leaves)))
   except UserError as error:
-    return [f'its parts ({error})']
+    return [UNREADABLE, str(error)]
   unused = () if config.pooler or config.num_labels else ('pooling',)
   return [f'{each.name}={getattr(config, each.name)!r}' for each in dataclasses.fields(config)
-          if each.name not in (*RUNNING, *unused) and getattr(config, each.name) != getattr(back, each.name)]
+          if each.name not in (*RUNNING, *unused) and getattr(config, each.name) != getattr(back, each.name)
+          ] + grouped(leaves, family, config).get(None, [])
 
 
 def _with_extra(tensors: dict[str, np.ndarray], family: Family, extra: Extra) -> dict[str, np.ndarray]:
@@ -329,8 +350,9 @@ def _old_settings(family: Family, config: TransformerConfig, special: SpecialIds
   """config.json and generation_config.json as they were read, but for what has changed since."""
   present = {first: tensors.get(first, tensors.get(family.ties.get(first)))
              for first in first_names(extra.stored, family).values()}
-  old = plain(family.read(Fields(extra.config), {name: array for name, array in present.items() if array is not None}))
-  old_special = read_special(extra.config, extra.generation, old.shape, family.framing, {})
+  was = {**family.ids, **extra.config}
+  old = plain(family.read(Fields(was), {name: array for name, array in present.items() if array is not None}))
+  old_special = read_special(was, extra.generation, old.shape, family.framing, {})
   (fields, generation), (old_fields, old_generation) = (
       write_special(*each, family.framing) for each in ((special, config), (old_special, old)))
   values = dict(extra.config)

@@ -27,7 +27,7 @@ NO_MATTER = frozenset("""
     pooler_size_per_head pooler_type problem_type reorder_and_upcast_attn resid_pdrop return_dict sep_token_id
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params
     tokenizer_class torch_dtype torchscript transformers_version use_cache vocab_size
-    add_bias_logits bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
+    add_bias_logits extra_pos_embeddings bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
     encoder_no_repeat_ngram_size force_bos_token_to_be_generated length_penalty max_length min_length
     no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix remove_invalid_values
     repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,8 @@ class Family:
   """Their module of each of ours; {i} is the layer. Ours that share a module lie side by side in it, in this order."""
   ties: Mapping[str, str]
   """Second names of a tensor, and its first."""
+  ids: Mapping[str, int]
+  """Special ids where config.json names none."""
   framing: tuple[str, str] = ('', '')
   """The special tokens before and behind a source, by their name over there."""
   transposed: bool = True
@@ -90,14 +93,14 @@ _BART_TIES = {name: 'model.shared.weight' for name in (
 
 
 def _read_bart(f: Fields, tensors: Tensors) -> TransformerConfig:
-  f.only('normalize_embedding', True), f.only('extra_pos_embeddings', 2)
+  f.only('normalize_embedding', True)
   return _read_bart_like(f, tensors, embedding_norm=True, positions='learned', position_offset=2,
                          max_positions=f('max_position_embeddings') + 2)
 
 
 def _read_marian(f: Fields, tensors: Tensors) -> TransformerConfig:
   f.only('normalize_embedding', False), f.only('share_encoder_decoder_embeddings', True)
-  f.only('decoder_vocab_size', f('vocab_size'), None), f.only('extra_pos_embeddings', 0, 2)
+  f.only('decoder_vocab_size', f('vocab_size'), None)
   return _read_bart_like(f, tensors, positions='sinusoidal_halves')
 
 
@@ -106,7 +109,7 @@ def _read_bart_like(f: Fields, tensors: Tensors, **more) -> TransformerConfig:
   f.only('static_position_embeddings', not learned)
   for name in ('normalize_before', 'add_final_layer_norm', 'is_decoder'):
     f.only(name, False)
-  f.only('is_encoder_decoder', True), f.only('tie_word_embeddings', True)
+  f.only('tie_word_embeddings', True)
   return TransformerConfig(
       encoder_layers=f('encoder_layers'), decoder_layers=f('decoder_layers'), d_model=f('d_model'),
       d_ff=f.same('encoder_ffn_dim', 'decoder_ffn_dim'),
@@ -158,11 +161,11 @@ def _t5_modules(c: TransformerConfig) -> dict[str, str]:
 
 
 def _read_t5(f: Fields, tensors: Tensors) -> TransformerConfig:
-  f.only('is_encoder_decoder', True), f.only('is_decoder', False)
-  kind = f('feed_forward_proj', 'relu')
+  f.only('is_decoder', False)
+  activations = {**ACTIVATIONS, **{f'gated-{name}': gate for name, gate in GATES.items()}, 'gated-gelu': 'geglu_tanh'}
+  feed_forward, kind = f.named('feed_forward_proj', activations, 'relu'), f('feed_forward_proj', 'relu')
   f.only('dense_act_fn', 'gelu_new' if kind == 'gated-gelu' else kind.removeprefix('gated-'))
   f.only('is_gated_act', kind.startswith('gated-'))
-  activations = {**ACTIVATIONS, **{f'gated-{name}': gate for name, gate in GATES.items()}, 'gated-gelu': 'geglu_tanh'}
   # The output matrix is free where the file has another one; `tie_word_embeddings` says only whether states are scaled.
   head = tensors.get('lm_head.weight')
   tied = head is None or np.array_equal(head, tensors.get('shared.weight'))
@@ -172,9 +175,9 @@ def _read_t5(f: Fields, tensors: Tensors) -> TransformerConfig:
       norm_type='rms', norm_epsilon=f('layer_norm_epsilon', 1e-6), positions='relative', biases='none',
       relative_buckets=f('relative_attention_num_buckets', 32),
       relative_max_distance=f('relative_attention_max_distance', 128), attention_scale=1.0,
-      feed_forward=f.named('feed_forward_proj', activations, 'relu'), tying='all' if tied else 'inputs',
-      scale_embeddings=False, scale_output=f('scale_decoder_outputs', f('tie_word_embeddings', True)),
-      dropout=f('dropout_rate', 0.1), pad_id=pad_id(f))
+      feed_forward=feed_forward, tying='all' if tied else 'inputs', scale_embeddings=False,
+      scale_output=f('scale_decoder_outputs', f('tie_word_embeddings', True)), dropout=f('dropout_rate', 0.1),
+      pad_id=pad_id(f))
 
 
 def _write_t5(c: TransformerConfig) -> dict[str, Any]:
@@ -221,7 +224,7 @@ def _read_bert(f: Fields, tensors: Tensors) -> TransformerConfig:
 
 
 def _read_roberta(f: Fields, tensors: Tensors) -> TransformerConfig:
-  pad = f('pad_token_id', 1)
+  pad = f('pad_token_id')
   if pad is None:
     raise HuggingFaceError('config.json has pad_token_id=None; RoBERTa counts positions from it, so give one.')
   if 'lm_head.bias' in tensors:
@@ -243,7 +246,8 @@ def _read_bert_like(f: Fields, tensors: Tensors, head: str, classifier: str, poo
       positions='learned', max_positions=f('max_position_embeddings'), biases='all',
       feed_forward=f.named('hidden_act', ACTIVATIONS, 'gelu'), tying='all' if tied else 'none', scale_embeddings=False,
       output_bias=masked, output_transform=masked, token_types=f('type_vocab_size', 2), pooling='first',
-      pooler=any(f'{name}.weight' in tensors for name in poolers), num_labels=0 if labels is None else len(labels),
+      pooler=labels is not None or any(f'{name}.weight' in tensors for name in poolers),
+      num_labels=0 if labels is None else len(labels),
       dropout=f('hidden_dropout_prob', 0.1), attention_dropout=f('attention_probs_dropout_prob', 0.1), pad_id=pad_id(f),
       **more)
 
@@ -255,7 +259,7 @@ def _write_bert_like(c: TransformerConfig, name: str) -> dict[str, Any]:
       'architectures': [name + head], 'num_hidden_layers': c.encoder_layers, 'hidden_size': c.d_model,
       'intermediate_size': c.d_ff, 'num_attention_heads': c.num_heads, 'layer_norm_eps': c.norm_epsilon,
       'max_position_embeddings': c.max_positions or MOST_POSITIONS, 'hidden_act': THEIR_ACTIVATION[c.feed_forward],
-      'tie_word_embeddings': c.tying != 'none', 'type_vocab_size': c.token_types, 'hidden_dropout_prob': c.dropout,
+      'tie_word_embeddings': c.tying != 'none', 'type_vocab_size': c.token_types or 1, 'hidden_dropout_prob': c.dropout,
       'attention_probs_dropout_prob': c.attention_dropout,
       **({'id2label': labels, 'label2id': {name: int(i) for i, name in labels.items()}} if labels else {})}
 
@@ -296,32 +300,42 @@ def _write_gpt2(c: TransformerConfig) -> dict[str, Any]:
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
-def _decoder_only(read, write, modules=LLAMA, **more) -> Family:
+def _decoder_only(read, write, modules=LLAMA, ids=MappingProxyType({}), **more) -> Family:
   embedding = f'{modules["target_embedding"]}.weight'
   return Family('decoder_only', embedding[:embedding.index('.') + 1], read, write, lambda c: modules,
-                {'lm_head.weight': embedding}, **more)
+                {'lm_head.weight': embedding}, ids, **more)
 
+
+_LLAMA_IDS = dict(bos_token_id=1, eos_token_id=2)
 
 FAMILIES = {
-    'marian': Family('encoder_decoder', 'model.', _read_marian, _write_marian, lambda c: _BART, _BART_TIES,
-                     ('', 'eos')),
-    'bart': Family('encoder_decoder', 'model.', _read_bart, _write_bart, lambda c: _BART, _BART_TIES, ('bos', 'eos'),
-                   kept=(r'model\.(encoder|decoder)\.version',)),
-    't5': Family('encoder_decoder', '', _read_t5, _write_t5, _t5_modules,
-                 {name: 'shared.weight' for name in (
-                     'encoder.embed_tokens.weight', 'decoder.embed_tokens.weight', 'lm_head.weight')}, ('', 'eos'),
-                 kept=(r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',)),
-    'bert': Family('encoder_only', 'bert.', _read_bert, partial(_write_bert_like, name='Bert'), lambda c: _BERT,
-                   {'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weight',
-                    'cls.predictions.decoder.bias': 'cls.predictions.bias'}, ('cls', 'sep'),
-                   kept=(r'cls\.seq_relationship\.(weight|bias)',)),
-    'roberta': Family('encoder_only', 'roberta.', _read_roberta, partial(_write_bert_like, name='Roberta'),
-                      _roberta_modules, {'lm_head.decoder.weight': 'roberta.embeddings.word_embeddings.weight',
-                                         'lm_head.decoder.bias': 'lm_head.bias'}, ('bos', 'eos'),
-                      kept=(r'roberta\.pooler\.dense\.(weight|bias)',)),
-    'llama': _decoder_only(read_llama, write_llama, framing=('bos', '')),
-    'mistral': _decoder_only(read_mistral, write_mistral, framing=('bos', '')),
+    'marian': Family(
+        'encoder_decoder', 'model.', _read_marian, _write_marian, lambda c: _BART, _BART_TIES,
+        dict(pad_token_id=58100, eos_token_id=0, decoder_start_token_id=58100), ('', 'eos')),
+    'bart': Family(
+        'encoder_decoder', 'model.', _read_bart, _write_bart, lambda c: _BART, _BART_TIES,
+        dict(pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2), ('bos', 'eos'),
+        kept=(r'model\.(encoder|decoder)\.version',)),
+    't5': Family(
+        'encoder_decoder', '', _read_t5, _write_t5, _t5_modules,
+        {name: 'shared.weight' for name in (
+            'encoder.embed_tokens.weight', 'decoder.embed_tokens.weight', 'lm_head.weight')},
+        dict(pad_token_id=0, eos_token_id=1), ('', 'eos'),
+        kept=(r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',)),
+    'bert': Family(
+        'encoder_only', 'bert.', _read_bert, partial(_write_bert_like, name='Bert'), lambda c: _BERT,
+        {'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weight',
+         'cls.predictions.decoder.bias': 'cls.predictions.bias'}, dict(pad_token_id=0), ('cls', 'sep'),
+        kept=(r'cls\.seq_relationship\.(weight|bias)',)),
+    'roberta': Family(
+        'encoder_only', 'roberta.', _read_roberta, partial(_write_bert_like, name='Roberta'), _roberta_modules,
+        {'lm_head.decoder.weight': 'roberta.embeddings.word_embeddings.weight', 'lm_head.decoder.bias': 'lm_head.bias'},
+        dict(pad_token_id=1, bos_token_id=0, eos_token_id=2), ('bos', 'eos'),
+        kept=(r'roberta\.pooler\.dense\.(weight|bias)',)),
+    'llama': _decoder_only(read_llama, write_llama, ids=_LLAMA_IDS, framing=('bos', '')),
+    'mistral': _decoder_only(read_mistral, write_mistral, ids=_LLAMA_IDS, framing=('bos', '')),
     'qwen2': _decoder_only(read_qwen2, partial(write_qwen, name='Qwen2')),
     'qwen3': _decoder_only(read_qwen3, partial(write_qwen, name='Qwen3')),
-    'gpt2': _decoder_only(_read_gpt2, _write_gpt2, _GPT2, transposed=False)}
+    'gpt2': _decoder_only(_read_gpt2, _write_gpt2, _GPT2, dict(bos_token_id=50256, eos_token_id=50256),
+                          transposed=False)}
 """By `model_type`, in the order in which an export tries them."""

@@ -103,6 +103,7 @@ def read_mistral(f: Fields, tensors: Tensors) -> TransformerConfig:
 
 
 def read_qwen2(f: Fields, tensors: Tensors) -> TransformerConfig:
+  f.only('use_mrope', False)
   return _read_llama_like(f, 'qkv', _window(f), kv_heads=32)
 
 
@@ -126,7 +127,8 @@ def _write_llama_like(c: TransformerConfig, name: str) -> dict[str, Any]:
   return {
       'architectures': [f'{name}ForCausalLM'], 'num_hidden_layers': c.decoder_layers, 'hidden_size': c.d_model,
       'intermediate_size': c.d_ff, 'num_attention_heads': c.num_heads, 'num_key_value_heads': c.key_heads,
-      'head_dim': c.key_width, 'rms_norm_eps': c.norm_epsilon, 'hidden_act': THEIR_ACTIVATION[c.feed_forward],
+      'head_dim': c.key_width, 'rms_norm_eps': c.norm_epsilon,
+      'hidden_act': THEIR_ACTIVATION[c.feed_forward] if c.gated else 'silu',
       'tie_word_embeddings': c.tying != 'none', 'attention_dropout': c.attention_dropout, **_write_rope(c)}
 
 

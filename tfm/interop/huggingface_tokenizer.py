@@ -37,7 +37,11 @@ class HuggingFaceTokenizer:
   def framing(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The special ids that the tokenizer itself would put before and behind a text."""
     (bare,), framed = self.encode_batch(['a']), self._tokenizer('a')['input_ids']
-    before = next(i for i in range(len(framed) + 1) if framed[i:i + len(bare)] == bare)
+    places = [i for i in range(len(framed)) if framed[i:i + len(bare)] == bare]
+    if not places:
+      raise TokenizerError(f"the tokenizer encodes 'a' as {bare} and with special tokens as {framed}, which lacks "
+                           'the former; give one that puts special tokens around a text.')
+    before = places[0]
     return tuple(framed[:before]), tuple(framed[before + len(bare):])
 
   def encode(self, text: str) -> list[int]:
@@ -78,7 +82,7 @@ class HuggingFaceTokenizer:
       raise ModuleNotFoundError("The tokenizer needs transformers: pip install 'tfm[huggingface]'.") from error
     try:
       return HuggingFaceTokenizer(AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True), target)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
       raise TokenizerError(f'{folder} has no tokenizer that transformers can open ({error}).') from error
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from pathlib import Path
@@ -15,15 +14,14 @@ import tokenizers
 from tfm.special_ids import UNK
 from tfm.text.tokenizer import SPECIAL_NAMES, SubwordTokenizer, Tokenizer, Tokenizers
 
-NEVER = -1e6
-"""Log-probability of a special piece in a unigram model: any other way to write a text is better."""
-
 
 def vocabulary(tokenizer: Tokenizer) -> list[str]:
   """A string for every id, all different: the library's own for `bpe` and `unigram`, ours for the others."""
   if not isinstance(tokenizer, SubwordTokenizer):
     return tokenizer.vocabulary()
-  return _special_names(tokenizer) + [name for name, _ in _pieces(tokenizer)]
+  # No piece has the name of a special one: the library cuts between signs and letters.
+  pieces = tokenizer._model.get_vocab()
+  return [*SPECIAL_NAMES, *sorted(pieces, key=pieces.get)]
 
 
 def plain_tokenizer(tokenizer: SubwordTokenizer) -> tokenizers.Tokenizer:
@@ -33,7 +31,7 @@ def plain_tokenizer(tokenizer: SubwordTokenizer) -> tokenizers.Tokenizer:
   if tokenizer.kind == 'bpe':
     model['vocab'] = {name: i for i, name in enumerate(names)}
   else:
-    model['vocab'] = [[name, NEVER] for name in names[:len(SPECIAL_NAMES)]] + model['vocab']
+    model['vocab'] = [[name, 0.0] for name in SPECIAL_NAMES] + model['vocab']
     model['unk_id'] = UNK
   plain = tokenizers.Tokenizer.from_str(json.dumps(content))
   plain.normalizer = tokenizers.normalizers.Prepend(' ')
@@ -51,13 +49,3 @@ def write_plain_tokenizers(pair: Tokenizers, folder: str | os.PathLike[str]) -> 
       written.append(Path(folder, f'tokenizer{name}.json'))
       plain_tokenizer(tokenizer).save(str(written[-1]))
   return written
-
-
-def _pieces(tokenizer: SubwordTokenizer) -> list[tuple[str, int]]:
-  return sorted(tokenizer._model.get_vocab().items(), key=lambda item: item[1])
-
-
-def _special_names(tokenizer: SubwordTokenizer) -> list[str]:
-  """Those of `SPECIAL_NAMES`, longer where a text taught the tokenizer a piece of that name."""
-  taken = tokenizer._model.get_vocab()
-  return [next(longer for k in itertools.count() if (longer := name + '_' * k) not in taken) for name in SPECIAL_NAMES]

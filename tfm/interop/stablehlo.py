@@ -58,13 +58,16 @@ def write_stablehlo(release: Release, folder: str | os.PathLike[str], platforms:
     batch: rows, the same in every call; None: any number.
 
   Raises:
-    StableHLOError: the model is encoder-only, or a platform is unknown.
+    StableHLOError: the model is encoder-only or has experts that need a fixed batch, or a platform is unknown.
     ReleaseError: the folder exists, or the weights are not the model's.
     ModuleNotFoundError: flatbuffers is missing; it comes with the extra `stablehlo`.
   """
   if release.config.model.shape == 'encoder_only':
     raise StableHLOError('An encoder-only model writes no tokens, so it has no step to export; export it to '
                          'safetensors.')
+  if release.config.model.experts and (batch is None or release.config.model.encoder_layers):
+    raise StableHLOError('Experts sort the tokens of a batch, so their number must be known: model.experts needs a '
+                         'fixed batch (--batch) and a decoder-only model; export it to safetensors.')
   if unknown := sorted(set(platforms) - {*PLATFORMS, 'rocm'}):
     raise StableHLOError(f'There is no platform {", ".join(unknown)}; choose from {", ".join(PLATFORMS)} and rocm.')
   try:
@@ -82,7 +85,8 @@ def write_stablehlo(release: Release, folder: str | os.PathLike[str], platforms:
   return Path(folder)
 
 
-def build_programs(release: Release, platforms: tuple[str, ...], batch: int | None = None) -> dict[str, export.Exported]:
+def build_programs(release: Release, platforms: tuple[str, ...],
+                   batch: int | None = None) -> dict[str, export.Exported]:
   """'encode', where there is an encoder, and 'step'."""
   config = dataclasses.replace(release.config.model, attention_backend='reference', scan_layers=False)
   model = release.model.clone(config=config)
@@ -91,7 +95,8 @@ def build_programs(release: Release, platforms: tuple[str, ...], batch: int | No
   memory, programs = {}, {}
 
   def sizes(*names):  # every program has its own
-    return export.symbolic_shape(', '.join([str(batch or 'B'), *names]), constraints=[f'{n} <= {most}' for n in names])
+    known = [bound for name in names for bound in (f'{name} <= {most}', f'2*{name}^2 >= {name}')]
+    return export.symbolic_shape(', '.join([str(batch or 'B'), *names]), constraints=known)
 
   def exported(function, *arguments):
     # Kernels of one platform alone would be chosen while tracing; the reference runs on all.

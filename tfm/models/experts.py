@@ -49,8 +49,10 @@ class Experts(nn.Module):
   def __call__(self, x_BxTxD, dropout_key=None, real_BxT=None):
     c, (B, T, _) = self.config, x_BxTxD.shape
     logits_BxTxE = jnp.einsum('btd,de->bte', x_BxTxD, self.router, preferred_element_type=jnp.float32)
-    scores_BxTxk, chosen_BxTxk = jax.lax.top_k(logits_BxTxE, c.experts_per_token)
+    # Not `jax.lax.top_k`, for which the partitioner gathers the logits of the whole batch.
+    chosen_BxTxk = jnp.argsort(logits_BxTxE, axis=-1, descending=True)[..., :c.experts_per_token]
     chosen_BxTxk = self.chosen(chosen_BxTxk)
+    scores_BxTxk = jnp.take_along_axis(logits_BxTxE, chosen_BxTxk, axis=-1)
     if real_BxT is not None:
       self.sow('losses', 'balance', balance_loss(logits_BxTxE, chosen_BxTxk, real_BxT))
     weights_BxTxk = jax.nn.softmax(scores_BxTxk, axis=-1).astype(c.dtype)

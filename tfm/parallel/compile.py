@@ -61,7 +61,7 @@ def require_rows(config: Config, mesh: Mesh) -> None:
           f'= {shards} devices and {micro} micro-batches; set it to a multiple of {shards * micro}.')
 
 
-def place_batch(batch: Batch, first_row: int, rows: int, mesh: Mesh, shape: str = 'encoder_decoder') -> Batch:
+def place_batch(batch: Batch, first_row: int, rows: int, mesh: Mesh, shape: str) -> Batch:
   """A global batch on the mesh from the rows that this process has: `first_row` ... of `rows` in all.
 
   Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ from tfm.models.build import build_model, initialize
 from tfm.parallel.chips import Chip
 from tfm.parallel.collectives import Collective
 from tfm.parallel.flops import model_flops
-from tfm.parallel.mesh import AXES
+from tfm.parallel.mesh import AXES, BATCH_AXES
 from tfm.parallel.rules import shardings
 from tfm.text.buckets import Shape
-from tfm.training.objectives import batch_sums
+from tfm.training.objectives import abstract_batch, batch_sums
 from tfm.training.step import TrainState, new_state
 
 
@@ -84,8 +85,10 @@ def estimate(config: Config, sizes: dict[str, int], vocab_size: int, shape: Shap
   state = abstract_state(config, vocab_size)
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
   own, moments = _shard_bytes(mesh, state.params), _shard_bytes(mesh, state.opt_state)
-  whole = _shard_bytes(AbstractMesh((sizes['tensor'],) + (1,) * 3, ('tensor', 'data', 'fsdp', 'context')), state.params)
-  replicas, micro, remat = sizes['data'] * sizes['fsdp'], config.training.accumulate, config.model.remat == 'full'
+  gathered = {**sizes, 'data': 1, 'fsdp': 1, 'context': 1}
+  whole = _shard_bytes(AbstractMesh(tuple(gathered.values()), tuple(gathered)), state.params)
+  replicas = math.prod(sizes[name] for name in BATCH_AXES)
+  micro, remat = config.training.accumulate, config.model.remat == 'full'
   local = (shape.rows // replicas // micro, shape.source // sizes['context'], (shape.target - 1) // sizes['context'])
   kept = residual_bytes(config.model, vocab_size, sizes['tensor'], *local)
   again = _recomputed_bytes(config.model, vocab_size, sizes['tensor'], *local)
@@ -108,8 +111,9 @@ def _temporaries(config: Config, sizes: dict[str, int], own: float, table: float
   """The larger of two peaks: the end of the forward pass, and the gradients meeting at the end of the backward pass."""
   accumulator = own if config.training.accumulate > 1 else 0.0
   gathered = table if sizes['fsdp'] > 1 else 0.0
-  tables = 3 * table  # gradients of the logits, of the target's look-up and of the source's
-  shared = sizes['data'] * sizes['fsdp'] * sizes['context'] > 1
+  # Gradients of the logits and of the look-ups, of target and source.
+  tables = table * (3 if config.model.shape == 'encoder_decoder' else 2)
+  shared = math.prod(sizes.values()) > sizes['tensor']
   forward = kept + own + gathered
   backward = own + gathered + (2 * tables if shared else tables)
   return accumulator + max(forward, backward)
@@ -117,27 +121,32 @@ def _temporaries(config: Config, sizes: dict[str, int], own: float, table: float
 
 def _exchanges(config: Config, sizes: dict[str, int], own: float, whole: float,
                local: tuple[int, int, int]) -> list[Collective]:
-  """What the mesh makes necessary: weights gathered and their gradients added up (fsdp, data, context), the partial
-  sums of every sub-layer (tensor), keys and values on their way round (context)."""
-  c, (data, fsdp, tensor, context) = config.model, (sizes[name] for name in AXES)
+  """What the mesh makes necessary: weights gathered and their gradients added up (fsdp, data, context), tokens gathered
+  for the experts and added up (expert), the partial sums of every sub-layer (tensor), keys and values on their way
+  round (context)."""
+  c, (data, fsdp, expert, tensor, context) = config.model, (sizes[name] for name in AXES)
+  cross = c.decoder_layers if c.encoder_layers else 0
   micro, (rows, S, T) = config.training.accumulate, local
   item = 2 if c.dtype == 'bfloat16' else 4
   source, target = (item * rows * length * c.d_model for length in (S, T))
   found = []
   if fsdp > 1:
     passes = 3 if c.remat == 'full' else 2
-    found += [Collective('all-gather', whole, fsdp, tensor * context, passes * micro),
-              Collective('reduce-scatter', whole, fsdp, tensor * context, micro)]
-  if data * context > 1:
-    found.append(Collective('all-reduce', own, data * context, fsdp * tensor * context if data > 1 else 1, micro))
+    found += [Collective('all-gather', whole, fsdp, expert * tensor * context, passes * micro),
+              Collective('reduce-scatter', whole, fsdp, expert * tensor * context, micro)]
+  if (copies := data * expert * context) > 1:
+    found.append(Collective('all-reduce', own, copies, 1 if copies == context else fsdp * tensor * context, micro))
   if tensor > 1:
     twice = 2 * micro  # forward and backward
     found += [Collective('all-reduce', source, tensor, context, twice * 2 * c.encoder_layers),
-              Collective('all-reduce', target, tensor, context, twice * 3 * c.decoder_layers)]
+              Collective('all-reduce', target, tensor, context, twice * (2 * c.decoder_layers + cross))]
+  if expert > 1:  # tokens to the experts of the others, and what these made of them back, forward and backward
+    sent = expert * (source * c.encoder_layers + target * c.decoder_layers)
+    found += [Collective(kind, sent, expert, tensor * context, 2 * micro) for kind in ('all-gather', 'reduce-scatter')]
   if context > 1:
-    width = item * rows * c.num_heads * (c.key_width + c.value_width) / tensor
+    width = item * rows * c.key_heads * (c.key_width + c.value_width) / tensor
     hops = (context - 1) * 3 * micro  # the backward pass sends keys, values and the gradients of both
-    found += [Collective('collective-permute', width * S, context, 1, hops * (c.encoder_layers + c.decoder_layers)),
+    found += [Collective('collective-permute', width * S, context, 1, hops * (c.encoder_layers + cross)),
               Collective('collective-permute', width * T, context, 1, hops * c.decoder_layers)]
   return found
 
@@ -145,8 +154,8 @@ def _exchanges(config: Config, sizes: dict[str, int], own: float, whole: float,
 @functools.lru_cache(maxsize=256)
 def residual_bytes(c: TransformerConfig, vocab_size: int, tensor: int, rows: int, S: int, T: int) -> float:
   """Bytes that the forward pass keeps for the backward pass, of rows x (S + T) tokens on one of `tensor` devices."""
-  share = dataclasses.replace(c, num_heads=c.num_heads // tensor, d_k=c.key_width, d_v=c.value_width,
-                              d_ff=c.d_ff // tensor, vocab_multiple=1)
+  share = dataclasses.replace(c, num_heads=c.num_heads // tensor, num_kv_heads=c.key_heads // tensor,
+                              d_k=c.key_width, d_v=c.value_width, d_ff=c.d_ff // tensor, vocab_multiple=1)
   model = build_model(share, *[-(-vocab_size // tensor)] * 2)
   key = jax.eval_shape(lambda: jax.random.key(0))
   params = jax.eval_shape(functools.partial(initialize, model), key)
@@ -155,7 +164,7 @@ def residual_bytes(c: TransformerConfig, vocab_size: int, tensor: int, rows: int
   def backward(params, batch, key):
     return jax.vjp(lambda params: batch_sums(model, params, batch, 0.1, key if drops else None).loss, params)[1]
 
-  batch = tuple(jax.ShapeDtypeStruct((rows, width), jnp.int32) for width in (S, T + 1))
+  batch = abstract_batch(c.shape, rows, S, T)
   kept = jax.tree.leaves(jax.eval_shape(backward, params, batch, key))
   left_out = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
   # Without a loop between them XLA makes the masks of dropout and ReLU twice rather than keep them.
@@ -165,16 +174,18 @@ def residual_bytes(c: TransformerConfig, vocab_size: int, tensor: int, rows: int
 
 
 def _recomputed_bytes(c: TransformerConfig, vocab_size: int, tensor: int, rows: int, S: int, T: int) -> float:
-  """What remat brings back while it goes through a decoder layer backwards, with two gradients as wide as the MLP."""
+  """What remat brings back while it goes through a layer backwards, with two gradients as wide as the MLP."""
   if c.remat == 'none':
     return 0.0
 
   def layer(remat: str) -> float:
-    one, two = (residual_bytes(dataclasses.replace(c, remat=remat, encoder_layers=1, decoder_layers=layers),
-                               vocab_size, tensor, rows, S, T) for layers in (1, 2))
+    last, first = ('decoder_layers', 'encoder_layers') if c.decoder_layers else ('encoder_layers', 'decoder_layers')
+    few = dataclasses.replace(c, remat=remat, **{first: min(getattr(c, first), 1)})
+    one, two = (residual_bytes(dataclasses.replace(few, **{last: layers}), vocab_size, tensor, rows, S, T)
+                for layers in (1, 2))
     return two - one
 
-  return layer('none') - layer(c.remat) + 2 * rows * T * c.d_ff / tensor * (2 if c.dtype == 'bfloat16' else 4)
+  return layer('none') - layer(c.remat) + 2 * rows * (T or S) * c.d_ff / tensor * (2 if c.dtype == 'bfloat16' else 4)
 
 
 @functools.lru_cache(maxsize=16)
@@ -193,18 +204,19 @@ def _shard_bytes(mesh: AbstractMesh, tree: Any) -> float:
 
 def other_meshes(config: Config, devices: int, vocab_size: int, shape: Shape, domain: int) -> Iterator[dict[str, int]]:
   """Splits worth trying: `tensor` inside a domain and at most 16, `context` only where every part keeps 256 tokens."""
-  params = abstract_state(config, vocab_size).params
+  params, length = abstract_state(config, vocab_size).params, max(shape.source, shape.target - 1)
   divisors = [number for number in range(1, devices + 1) if devices % number == 0]
-  for tensor in (number for number in divisors if number <= min(16, domain)):
-    for context in (number for number in divisors if number == 1 or number * 256 <= shape.source):
-      for fsdp in divisors:
-        data = devices // (tensor * context * fsdp)
-        uneven = data * tensor * context * fsdp != devices or shape.rows % (data * fsdp * config.training.accumulate)
-        if uneven or shape.source % (2 * context):
-          continue
-        sizes = dict(zip(AXES, (data, fsdp, tensor, context)))
-        try:
-          shardings(AbstractMesh(tuple(sizes.values()), AXES), params)
-        except ConfigError:  # it names what this split cannot share out
-          continue
-        yield sizes
+  tensors = [number for number in divisors if number <= min(16, domain)]
+  contexts = [number for number in divisors if number == 1 or number * 256 <= length]
+  experts = [number for number in divisors if number == 1 or config.model.experts and not config.model.experts % number]
+  for tensor, context, expert, fsdp in itertools.product(tensors, contexts, experts, divisors):
+    data = devices // (tensor * context * expert * fsdp)
+    uneven = shape.rows % max(data * fsdp * expert * config.training.accumulate, 1) or length % (2 * context)
+    if data * tensor * context * expert * fsdp != devices or uneven:
+      continue
+    sizes = dict(zip(AXES, (data, fsdp, expert, tensor, context)))
+    try:
+      shardings(AbstractMesh(tuple(sizes.values()), AXES), params)
+    except ConfigError:  # it names what this split cannot share out
+      continue
+    yield sizes

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from tfm.config import Config, from_json, require, to_json
 from tfm.errors import UserError
@@ -28,8 +27,9 @@ from tfm.parallel.collectives import KINDS, Collective, collectives
 from tfm.parallel.compile import jit_step
 from tfm.parallel.estimate import Estimate, Memory, Roofline, abstract_state, estimate, other_meshes
 from tfm.parallel.flops import model_flops
-from tfm.parallel.mesh import AXES, build_mesh, mesh_sizes
+from tfm.parallel.mesh import AXES, BATCH_AXES, build_mesh, mesh_sizes
 from tfm.text.buckets import Shape
+from tfm.training.objectives import abstract_batch
 
 USABLE = 0.9
 """Share of a chip's memory that a step may fill; the rest is for the runtime, its buffers and fragments."""
@@ -77,7 +77,7 @@ class Plan:
     wide = '; the CPU that it is compiled for widens bfloat16' if self.config.model.dtype == 'bfloat16' else ''
     lines = [
         f'{self.devices} x {self.chip.name}, {_axes(self.estimate.mesh)}',
-        f'batch         {self.shape.rows} rows of {self.shape.source} source and {self.shape.target - 1} target tokens '
+        f'batch         {self.shape.rows} rows of {self._widths()} tokens '
         f'({self.config.model.dtype}, accumulate {self.config.training.accumulate})',
         f'memory        {need:.2f} of {have:.1f} GiB a device: '
         + ('fits' if self.fits else f'does NOT fit ({USABLE:.0%} of it may be filled)'),
@@ -94,6 +94,10 @@ class Plan:
         f'train with    {" ".join(self._flags())}',
     ]
     return '\n'.join(lines)
+
+  def _widths(self) -> str:
+    source, target = self.shape.source, self.shape.target - 1
+    return f'{source} source and {target} target' if source and target else str(source or target)
 
   def _flags(self) -> list[str]:
     """What was planned for and is not the default, as `train.py` takes it."""
@@ -118,8 +122,8 @@ class Plan:
 def plan(config: Config, devices: int, chip: str, vocab_size: int | None = None) -> Plan:
   """Compile the step of `config` for so many chips and say what it needs.
 
-  The batch is the longest bucket: data.max_length on both sides, rows as the token budget allows, at least one for
-  every device that shares out rows.
+  The batch is the longest bucket: data.max_length on every side that the model has, rows as the token budget allows, at
+  least one for every device that shares out rows.
 
   Args:
     vocab_size: of both languages; by default that of the config (for words and characters the most there can be).
@@ -164,13 +168,14 @@ def with_mesh(config: Config, tokens_per_batch: int | None = None, **axes: int |
 
 def batch_for(config: Config, devices: int) -> tuple[Config, Shape]:
   """The longest bucket, and the config with the rows and the token budget that these devices need."""
-  data, (replicas, fsdp, *_) = config.data, mesh_sizes(config.mesh, devices)
-  multiple = math.lcm(data.rows_multiple, replicas * fsdp * config.training.accumulate)
+  data, sizes = config.data, dict(zip(AXES, mesh_sizes(config.mesh, devices)))
+  multiple = math.lcm(data.rows_multiple, math.prod(sizes[name] for name in BATCH_AXES) * config.training.accumulate)
   rows = max(data.tokens_per_batch // data.max_length // multiple, 1) * multiple
   width = data.max_length // data.width_multiple * data.width_multiple
   data = dataclasses.replace(data, rows_multiple=multiple,
                              tokens_per_batch=max(data.tokens_per_batch, rows * data.max_length))
-  return dataclasses.replace(config, data=data), Shape(rows, width, width + 1)
+  shape = Shape(rows, width if config.model.encoder_layers else 0, (width if config.model.decoder_layers else 0) + 1)
+  return dataclasses.replace(config, data=data), shape
 
 
 def _axes(mesh: dict[str, int]) -> str:
@@ -211,7 +216,7 @@ def compile_here(config: Config, vocab_size: int, shape: Shape) -> dict[str, Any
   """The real step, compiled for all devices of this process: bytes on a device, and exchanges."""
   mesh = build_mesh(config.mesh)
   model, state = build_model(config.model, vocab_size, vocab_size), abstract_state(config, vocab_size)
-  batch = tuple(jax.ShapeDtypeStruct((shape.rows, width), jnp.int32) for width in (shape.source, shape.target))
+  batch = abstract_batch(config.model.shape, shape.rows, shape.source, shape.target - 1)
   with jax.set_mesh(mesh):
     compiled = jit_step(config, model, mesh, state).lower(state, batch).compile(LIGHT)
   memory = compiled.memory_analysis()

@@ -43,6 +43,9 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
 }
 """End of a parameter's path -> its logical axes. Stacked layers have 'layers' in front."""
 
+REPLICATED_STATE = r'(^|/)(v|v_row|v_col)/|(^|/)ns_coeffs$'
+"""Optimizer state that is small and not shaped like parameters: Adafactor's means, Muon's coefficients."""
+
 MeshAxes = str | tuple[str, ...] | None
 
 PARAMETER_MESH: dict[str, MeshAxes] = {
@@ -69,6 +72,8 @@ def logical_axes(path: str, ndim: int) -> tuple[str, ...]:
   """
   if ndim == 0:
     return ()
+  if re.search(REPLICATED_STATE, path):
+    return ('bias',) * ndim
   for pattern, axes in PARAMETER_AXES.items():
     if re.search(f'(^|/){pattern}$', path):
       axes = ('layers', *axes) if re.search('(^|/)layers/', path) else axes

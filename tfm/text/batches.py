@@ -7,14 +7,15 @@ import queue
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from tfm.config import DataConfig, require
-from tfm.special_ids import BOS, EOS, PAD
+from tfm.special_ids import BOS, EOS
 from tfm.text.buckets import Shape, choose_shapes, cut, fit, padded_shape
 from tfm.text.corpora import Corpus, DataError, EndlessCorpus, Pair
+from tfm.text.ragged import Ragged as Ragged
 from tfm.text.tokenizer import Tokenizers
 
 SAMPLE_PAIRS = 10_000
@@ -30,28 +31,23 @@ class Batch(NamedTuple):
   target_BxT: np.ndarray
 
 
-class Ragged(NamedTuple):
-  """Sequences of ids end to end: sequence i is ids[starts[i]:starts[i + 1]]."""
-
-  ids: np.ndarray
-  starts: np.ndarray
-
-  @staticmethod
-  def of(sequences: Sequence[Sequence[int]]) -> Ragged:
-    starts = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])]).astype(np.int64)
-    return Ragged(np.fromiter((i for ids in sequences for i in ids), np.int32, starts[-1]), starts)
+class Examples(Protocol):
+  """What training learns from, a row of a batch each."""
 
   @property
-  def lengths(self) -> np.ndarray:
-    return np.diff(self.starts)
+  def source_lengths(self) -> np.ndarray: ...
 
-  def pad(self, rows: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The sequences `rows`, one under the other, filled up with PAD to (height, width)."""
-    padded = np.full((height, width), PAD, np.int32)
-    for place, row in enumerate(rows):
-      sequence = self.ids[self.starts[row]:self.starts[row + 1]]
-      padded[place, :len(sequence)] = sequence
-    return padded
+  @property
+  def target_lengths(self) -> np.ndarray:
+    """One more than there are labels."""
+
+  def __len__(self) -> int: ...
+
+  def at(self, seed: int, epoch: int) -> Examples:
+    """As they are in an epoch: masks and spans are drawn anew in each."""
+
+  def batch(self, shape: Shape, rows: np.ndarray) -> tuple:
+    """Those with the numbers `rows`, and empty rows up to shape.rows."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +57,27 @@ class Encoded:
   source: Ragged
   target: Ragged
 
+  @property
+  def source_lengths(self) -> np.ndarray:
+    return self.source.lengths
+
+  @property
+  def target_lengths(self) -> np.ndarray:
+    return self.target.lengths
+
   def __len__(self) -> int:
     return len(self.source.starts) - 1
+
+  def at(self, seed: int, epoch: int) -> Encoded:
+    del seed, epoch
+    return self
 
   def batch(self, shape: Shape, rows: np.ndarray) -> Batch:
     return Batch(self.source.pad(rows, shape.rows, shape.source), self.target.pad(rows, shape.rows, shape.target))
 
 
 _Cuts = list[tuple[Shape, np.ndarray]]  # batches: the shape and the numbers of the pairs in it
-_Plan = tuple[Encoded, _Cuts]
+_Plan = tuple[Examples, _Cuts]
 
 
 def encode_pairs(tokenizers: Tokenizers, pairs: Sequence[Pair]) -> Encoded:
@@ -89,19 +97,23 @@ class Batches:
   lcm(rows_multiple, process_count): with `rows_multiple` a multiple of every process count in question, the global
   batch is the same for all of them.
 
+  Args:
+    examples: what to learn from and how many were too long for it, where that is not the corpus's pairs.
+
   Raises:
     ConfigError: `data.tokens_per_batch` is too small for one row per device and micro-batch.
     DataError: no training pair is short enough.
   """
 
   def __init__(self, corpus: Corpus, tokenizers: Tokenizers, data: DataConfig, seed: int, rows_multiple: int = 1,
-               process_index: int = 0, process_count: int = 1):
+               process_index: int = 0, process_count: int = 1, examples: tuple[Examples, int] | None = None):
     require(0 <= process_index < process_count, f'process_index {process_index} is not below process_count '
                                                 f'{process_count}; number the processes from 0.')
     require(data.max_length > 2, f'data.max_length {data.max_length} has no room beside <s> and </s>; raise it.')
     self._corpus, self._tokenizers, self._data, self._seed = corpus, tokenizers, data, seed
     self._process_index, self._process_count = process_index, process_count
     self._lock = threading.Lock()
+    self._noun = 'pairs' if examples is None else 'texts'
     self._plans: dict[int, _Plan] = {}
     self._left_out: dict[int, np.ndarray] = {}  # by epoch: pairs over max_length, pairs over every shape
     multiple = math.lcm(rows_multiple, process_count)
@@ -109,10 +121,10 @@ class Batches:
       self.shapes, self._counts = self._compose(corpus, multiple)
       self.steps_per_epoch = sum(self._counts)
     else:
-      self._train, over_long = self._encode(corpus.train())
+      self._train, over_long = self._encode(corpus.train()) if examples is None else examples
       self._require_pairs(self._train)
       self._left_out[0] = np.array([over_long, 0])
-      sources, targets = self._train.source.lengths, self._train.target.lengths
+      sources, targets = self._train.source_lengths, self._train.target_lengths
       self.shapes = choose_shapes(sources, targets, data, multiple)
       self._buckets = fit(sources, targets, self.shapes)
       self.steps_per_epoch = len(cut(np.arange(len(self._train)), self._buckets, self.shapes))
@@ -130,15 +142,16 @@ class Batches:
     """One sentence: how much data, which shapes, how much padding, what did not fit."""
     pairs, batches = self._plan(0)
     used = np.concatenate([rows for _, rows in batches])
-    real = int(pairs.source.lengths[used].sum() + pairs.target.lengths[used].sum()) - len(used)
+    real = int(pairs.source_lengths[used].sum() + pairs.target_lengths[used].sum()) - len(used)
     padding = 1 - real / sum(shape.rows * shape.positions for shape, _ in batches)
     over_long, unfit = sum(list(self._left_out.values()), np.zeros(2, np.int64))
-    left_out = (f'{over_long:,} pairs longer than {self._data.max_length} tokens were '
+    left_out = (f'{over_long:,} {self._noun} longer than {self._data.max_length} tokens were '
                  + {'drop': 'dropped', 'truncate': 'truncated'}[self._data.over_long])
     if unfit:
       left_out += f', {unfit:,} drawn pairs longer than every shape were skipped'
     scope = 'a group' if self._corpus.endless else 'an epoch'
-    return (f'{len(used):,} pairs and {real:,} tokens in {len(batches):,} batches {scope}, rows x (source + target) '
+    return (f'{len(used):,} {self._noun} and {real:,} tokens in {len(batches):,} batches {scope}, '
+            'rows x (source + target) '
             f'{", ".join(map(str, self.shapes))}, {padding:.1%} padding; {left_out}.')
 
   def _encode(self, pairs: Sequence[Pair]) -> tuple[Encoded, int]:
@@ -153,7 +166,7 @@ class Batches:
       sources, targets = ([ids for ids, keep in zip(side, fits) if keep] for side in (sources, targets))
     return _join(sources, targets), len(fits) - sum(fits)
 
-  def _require_pairs(self, pairs: Encoded) -> None:
+  def _require_pairs(self, pairs: Examples) -> None:
     if not len(pairs):
       raise DataError(f'no training pair has at most data.max_length = {self._data.max_length} tokens; raise it.')
 
@@ -172,9 +185,9 @@ class Batches:
       if left_out.any():
         self._left_out[epoch] = left_out
     else:
-      pairs = self._train
-      batches = cut(_permutation(self._bits(epoch, _PAIRS), len(pairs)), self._buckets, self.shapes)
-    return pairs, [batches[i] for i in _permutation(self._bits(epoch, _BATCHES), len(batches))]
+      pairs = self._train.at(self._seed, epoch)
+      batches = cut(permutation(self._bits(epoch, _PAIRS), len(pairs)), self._buckets, self.shapes)
+    return pairs, [batches[i] for i in permutation(self._bits(epoch, _BATCHES), len(batches))]
 
   def _bits(self, epoch: int, purpose: int) -> np.random.Philox:
     # A seed may be negative, entropy may not.
@@ -223,7 +236,7 @@ class Batches:
     return _concatenate(parts), batches, left_out
 
 
-def evaluation_batches(pairs: Encoded, data: DataConfig, shapes: Sequence[Shape] = (), rows_multiple: int = 1,
+def evaluation_batches(pairs: Examples, data: DataConfig, shapes: Sequence[Shape] = (), rows_multiple: int = 1,
                        process_index: int = 0, process_count: int = 1) -> list[Batch]:
   """All `pairs` once, in batches of `shapes` (those of training, so nothing new is compiled); none is dropped.
 
@@ -237,7 +250,7 @@ def evaluation_batches(pairs: Encoded, data: DataConfig, shapes: Sequence[Shape]
   for shape in shapes:
     require(shape.rows % multiple == 0, f'{shape.rows} rows of an evaluation batch cannot be shared out by {multiple}; '
                                         'give Batches and evaluation_batches the same rows_multiple and processes.')
-  sources, targets = pairs.source.lengths, pairs.target.lengths
+  sources, targets = pairs.source_lengths, pairs.target_lengths
   buckets = fit(sources, targets, shapes) if shapes else np.zeros(len(pairs), np.int64)
   shapes = list(shapes)
   if (buckets == len(shapes)).any():
@@ -307,6 +320,6 @@ def _concatenate(parts: Sequence[Encoded]) -> Encoded:
   return Encoded(chain([part.source for part in parts]), chain([part.target for part in parts]))
 
 
-def _permutation(bits: np.random.Philox, count: int) -> np.ndarray:
+def permutation(bits: np.random.Philox, count: int) -> np.ndarray:
   # Raw words are promised to stay the same in every NumPy; `permutation` is not.
   return np.argsort(bits.random_raw(count), kind='stable')

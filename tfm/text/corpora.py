@@ -1,4 +1,4 @@
-"""Corpora: where sentence pairs come from. Parallel text files here; numbers in words in `tfm.text.numbers`."""
+"""Corpora: where texts come from. Parallel files here; numbers in words and files of one language beside."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ import difflib
 import gzip
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
 from tfm.config import DataConfig
-from tfm.errors import UserError
+from tfm.errors import DataError as DataError
 from tfm.text.numbers import Numbers
+from tfm.text.text_files import HuggingFaceTexts, TextFiles, Texts
 
 Pair = tuple[str, str]
-
-
-class DataError(UserError):
-  """Text that cannot be used; the message names file and line and says what to do."""
 
 
 class FiniteCorpus(Protocol):
@@ -28,16 +26,16 @@ class FiniteCorpus(Protocol):
 
   endless: Literal[False]
 
-  def train(self) -> list[Pair]:
-    """All training pairs, in their own order."""
+  def train(self) -> list[Pair] | Texts:
+    """All training pairs, in their own order; of one language, its texts."""
 
-  def validation(self) -> list[Pair]:
-    """Pairs to choose the model by."""
+  def validation(self) -> list[Pair] | Texts:
+    """What to choose the model by."""
 
-  def test(self) -> list[Pair] | None:
-    """Pairs for the final figure; None where there are none."""
+  def test(self) -> list[Pair] | Texts | None:
+    """For the final figure; None where there is nothing."""
 
-  def tokenizer_texts(self) -> list[Pair]:
+  def tokenizer_texts(self) -> Iterable[tuple[str, ...]]:
     """What tokenizers are trained on: always the same, from training data alone."""
 
   def describe(self) -> str:
@@ -66,7 +64,8 @@ Corpus = FiniteCorpus | EndlessCorpus
 
 def build_corpus(config: DataConfig) -> Corpus:
   """The corpus of `config`; raises `ConfigError` or `DataError`."""
-  return Numbers(config) if config.corpus == 'numbers' else ParallelFiles(config)
+  kinds = {'numbers': Numbers, 'files': ParallelFiles, 'text': TextFiles, 'huggingface': HuggingFaceTexts}
+  return kinds[config.corpus](config)
 
 
 class ParallelFiles:

@@ -26,10 +26,12 @@ from tfm.errors import UserError
 from tfm.text.unigram import train_unigram
 
 SPECIAL_NAMES = ('<pad>', '<s>', '</s>', '<unk>')
-FORMAT = 1
+FORMAT = 2
+"""1 has no extra ids, and is still written where there are none."""
 
 _WORD_SPACE = re.compile(r' (?=[\w!-~])')
 _WORDS = re.compile(r' ?\w+| ?[^\w\s]|\s')
+_EXTRA = re.compile(r'<extra_\d+>')
 _ESCAPES = {'\\': '\\\\', '▁': '\\u2581', ' ': '▁'}
 
 
@@ -41,15 +43,29 @@ class Tokenizer:
   """What all kinds have in common: `pieces` holds the bytes of every id (none for the special ones).
 
   With `prefix`, a space is put before the text and one space is taken off again after decoding, so that the first
-  word of a sentence has the same tokens as inside it.
+  word of a sentence has the same tokens as inside it. The last `extra_ids` ids are special too.
   """
 
-  def __init__(self, kind: str, pieces: Sequence[bytes], prefix: bool):
-    self.kind = kind
-    self.vocab_size = len(pieces)
-    self._pieces = list(pieces)
+  mask_token = '<mask>'
+  """How a text writes the token that hides another."""
+
+  def __init__(self, kind: str, pieces: Sequence[bytes], prefix: bool, extra_ids: int = 0):
+    self.kind, self.extra_ids = kind, extra_ids
+    self.vocab_size = len(pieces) + extra_ids
+    self._pieces = [*pieces, *[b''] * extra_ids]
     self._prefix = ' ' if prefix else ''
-    self._names = [*SPECIAL_NAMES, *map(_readable, self._pieces[len(SPECIAL_NAMES):])]
+    self._names = [*SPECIAL_NAMES, *map(_readable, pieces[len(SPECIAL_NAMES):]),
+                   *(f'<extra_{i}>' for i in range(extra_ids))]
+
+  @property
+  def first_extra(self) -> int:
+    """The first of the extra ids."""
+    return self.vocab_size - self.extra_ids
+
+  @property
+  def mask_id(self) -> int | None:
+    """The id that hides another: the first extra one."""
+    return self.first_extra if self.extra_ids else None
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, without <s> and </s>; raises `TokenizerError` for a lone surrogate, which UTF-8 cannot write."""
@@ -67,6 +83,11 @@ class Tokenizer:
       checked.append(self._prefix + text if text else '')
     return self._encode(checked)
 
+  def encode_pieces(self, pieces: Iterable[str]) -> Iterator[list[int]]:
+    """Ids of one text that comes in pieces; where they are cut a token may be cut too."""
+    for number, piece in enumerate(pieces):
+      yield self.encode(piece) if number == 0 else self._encode([piece])[0]
+
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`; special ids are skipped, and bytes that are not UTF-8 become U+FFFD."""
     text = b''.join([self._pieces[i] for i in ids]).decode('utf-8', errors='replace')
@@ -82,7 +103,8 @@ class Tokenizer:
 
   def save(self, path: str | os.PathLike) -> None:
     """Write one JSON file that `load` reads."""
-    content = {'format': FORMAT, 'kind': self.kind, **self._content()}
+    extra = {'extra_ids': self.extra_ids} if self.extra_ids else {}
+    content = {'format': FORMAT if extra else 1, 'kind': self.kind, **extra, **self._content()}
     Path(path).write_text(json.dumps(content, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
 
   @staticmethod
@@ -94,8 +116,8 @@ class Tokenizer:
         raise TokenizerError(f'{path} has tokenizer format {content["format"]}, this tfm reads up to {FORMAT}; '
                              'use a newer tfm.')
       if content['kind'] in ('bpe', 'unigram'):
-        return SubwordTokenizer(content['kind'], _library_model(content['model']))
-      return UnitTokenizer(content['kind'], content['units'])
+        return SubwordTokenizer(content['kind'], _library_model(content['model']), content.get('extra_ids', 0))
+      return UnitTokenizer(content['kind'], content['units'], content.get('extra_ids', 0))
     except FileNotFoundError:
       raise TokenizerError(f'there is no tokenizer file {path}; is the folder a run?') from None
     except (ValueError, KeyError, TypeError) as error:
@@ -113,10 +135,10 @@ class Tokenizer:
 class SubwordTokenizer(Tokenizer):
   """Byte-level BPE or unigram; `model` is a tokenizer of the `tokenizers` library."""
 
-  def __init__(self, kind: str, model: tokenizers.Tokenizer):
+  def __init__(self, kind: str, model: tokenizers.Tokenizer, extra_ids: int = 0):
     self._model = model
     pieces = [_bytes_of(symbols) for symbols, _ in sorted(model.get_vocab().items(), key=lambda item: item[1])]
-    super().__init__(kind, [b''] * len(SPECIAL_NAMES) + pieces, prefix=True)
+    super().__init__(kind, [b''] * len(SPECIAL_NAMES) + pieces, True, extra_ids)
     self._ids_of_part = lru_cache(maxsize=1 << 16)(self._encode_part)
 
   def _encode(self, texts):
@@ -141,12 +163,12 @@ class SubwordTokenizer(Tokenizer):
 class UnitTokenizer(Tokenizer):
   """Bytes, characters or words: ids 4 ... 259 are the bytes, then come `units`; what is no unit is spelled in bytes."""
 
-  def __init__(self, kind: str, units: Sequence[str]):
+  def __init__(self, kind: str, units: Sequence[str], extra_ids: int = 0):
     if kind not in _SPLIT:
       raise TokenizerError(f'tokenizer kind {kind!r} is unknown; this tfm has bpe, unigram, byte, char and word.')
     self._units = list(units)
     pieces = [b''] * len(SPECIAL_NAMES) + [bytes([b]) for b in range(256)] + [unit.encode() for unit in units]
-    super().__init__(kind, pieces, prefix=kind == 'word')
+    super().__init__(kind, pieces, kind == 'word', extra_ids)
     self._ids = {unit: [len(SPECIAL_NAMES) + 256 + i] for i, unit in enumerate(units)}
 
   def _encode(self, texts):
@@ -161,12 +183,13 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
   """The tokenizer of `config` learned from `texts`; the same texts give the same tokenizer, in any process."""
   room = (config.vocab_size or 0) - len(SPECIAL_NAMES)
   if config.kind == 'byte':
-    return UnitTokenizer('byte', [])
+    return UnitTokenizer('byte', [], config.extra_ids)
   if config.kind in ('char', 'word'):
     prefix = ' ' if config.kind == 'word' else ''
     counts = Counter(unit for text in texts if text for unit in _SPLIT[config.kind](prefix + text))
     new = [unit for unit in counts if len(unit.encode()) > 1]  # single bytes have their ids already
-    return UnitTokenizer(config.kind, sorted(new, key=lambda unit: (-counts[unit], unit))[:room - 256])
+    units = sorted(new, key=lambda unit: (-counts[unit], unit))[:room - 256]
+    return UnitTokenizer(config.kind, units, config.extra_ids)
 
   splitter = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -182,7 +205,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
     model = tokenizers.Tokenizer(train_unigram(words, alphabet, room))
     model.pre_tokenizer = splitter
-  return SubwordTokenizer(config.kind, model)
+  return SubwordTokenizer(config.kind, model, config.extra_ids)
 
 
 @dataclass(frozen=True)
@@ -213,12 +236,12 @@ class Tokenizers:
     return Tokenizers(tokenizer, tokenizer)
 
 
-def train_tokenizers(config: TokenizerConfig, pairs: Iterable[tuple[str, str]]) -> Tokenizers:
-  """Tokenizers learned from sentence pairs: one from both sides (`config.joint`), or one from each."""
-  pairs = list(pairs)
+def train_tokenizers(config: TokenizerConfig, pairs: Iterable[tuple[str, ...]]) -> Tokenizers:
+  """Tokenizers learned from sentence pairs, or from texts as tuples of one: one from all, or one from each side."""
   if config.joint:
     tokenizer = train_tokenizer(config, itertools.chain.from_iterable(pairs))
     return Tokenizers(tokenizer, tokenizer)
+  pairs = list(pairs)
   return Tokenizers(*(train_tokenizer(config, (pair[side] for pair in pairs)) for side in (0, 1)))
 
 
@@ -240,7 +263,7 @@ def _readable(piece: bytes) -> str:
     name = ''.join(_ESCAPES.get(c) or (c if c.isprintable() else f'\\u{ord(c):04x}') for c in piece.decode())
   except UnicodeDecodeError:
     return ''.join(_ESCAPES.get(chr(b)) or (chr(b) if 32 < b < 127 else f'\\x{b:02x}') for b in piece)
-  return '\\x3c' + name[1:] if name in SPECIAL_NAMES else name
+  return '\\x3c' + name[1:] if name in SPECIAL_NAMES or _EXTRA.fullmatch(name) else name
 
 
 def _byte_symbols() -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Checkpoints: one folder a step, written in the background by Orbax, checked byte for byte when read.
 
     checkpoints/000300/params/    the weights
+    checkpoints/000300/ema/       their moving average, where the run keeps one
     checkpoints/000300/rest/      optimizer state, step, random key
     checkpoints/000300/meta/      JSON: format, layout, validation, versions, and shape, type, CRC-32 of every array
     checkpoints/bad-000400/       a step that could not be read, moved aside when a run resumed
@@ -33,6 +34,9 @@ from tfm.training.named_arrays import Arrays, PyTree, crc, is_key, named_leaves,
 
 FORMAT = 1
 """Version of a step's folder; raised when an older tfm could no longer read what this one writes."""
+
+ITEMS = ('params', 'ema', 'rest')
+"""Parts of a step that are read apart; only those that have arrays are written."""
 
 RESERVED = {'format', 'step', 'scheduled', 'validation', 'versions', 'keys', 'arrays'}
 """Entries of the meta data that are not the caller's."""
@@ -230,7 +234,7 @@ class Checkpoints:
       try:
         meta = self.read_meta(step)
         self._require_trainable(step, meta)
-        state, differences = rebuild(abstract_state, self._read(step, meta, ('params', 'rest')), meta['keys'])
+        state, differences = rebuild(abstract_state, self._read(step, meta, ITEMS), meta['keys'])
       except Damaged as problem:
         problems.append((step, str(problem)))
         continue
@@ -248,6 +252,7 @@ class Checkpoints:
   def restore_params(self, step: int | Literal['best'] | None = None) -> tuple[PyTree, dict[str, Any]]:
     """Weights alone, as nested dicts of NumPy arrays, and the meta data of the step.
 
+    Where the run keeps a moving average of its weights (`optimizer.ema_decay`), it is that average.
     `step` is a number, 'best', or None for the newest intact step (damaged ones are reported, but left in place).
     """
     if step is None:
@@ -271,12 +276,13 @@ class Checkpoints:
     if step not in self.steps():
       raise CheckpointError(f'{self.folder} has no step {step}; there are {_listing(self.steps())}.')
     meta = self.read_meta(step)
-    arrays = self._read(step, meta, ('params',))
-    return flax.traverse_util.unflatten_dict(arrays, sep='/')['params'], meta
+    item = 'ema' if any(name.startswith('ema/') for name in meta['arrays']) else 'params'
+    arrays = self._read(step, meta, (item,))
+    return flax.traverse_util.unflatten_dict(arrays, sep='/')[item], meta
 
   def restore_arrays(self, step: int) -> Arrays:
     """Every array of a step by name, checked; for comparing runs."""
-    return self._read(step, self.read_meta(step), ('params', 'rest'))
+    return self._read(step, self.read_meta(step), ITEMS)
 
   def _read(self, step: int, meta: Mapping[str, Any], items: tuple[str, ...]) -> Arrays:
     """The arrays of a step, each with the shape, type and checksum it was saved with; otherwise `Damaged`."""
@@ -344,10 +350,11 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 
 
 def _items(arrays: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
-  """Weights apart from the rest, so that they can be read alone."""
-  parts: dict[str, Arrays] = {'params': {}, 'rest': {}}
+  """Weights and their average apart from the rest, so that they can be read alone."""
+  parts: dict[str, Arrays] = {item: {} for item in ITEMS}
   for name, array in arrays.items():
-    parts['params' if name.startswith('params/') else 'rest'][name] = array
+    top = name.split('/')[0]
+    parts[top if top in parts else 'rest'][name] = array
   return {item: part for item, part in parts.items() if part}
 
 

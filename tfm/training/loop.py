@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from tfm.config import Config
 from tfm.errors import UserError
+from tfm.loaded import assemble
 from tfm.models.layout import layout_of
 from tfm.parallel.compile import jit_step, place_batch, pmap_step, share_of_rows
 from tfm.text.batches import prefetch
@@ -22,10 +23,11 @@ from tfm.training.host_memory import reuse_freed_memory
 from tfm.training.interrupt import Interrupt
 from tfm.training.metrics import MetricsLog, Progress, Throughput
 from tfm.training.named_arrays import snapshot
+from tfm.training.run_folder import write_whole
+from tfm.training.samples import describe_rows, write_samples
 from tfm.training.start import Start, start
 from tfm.training.step import StepMetrics, TrainState
-from tfm.training.validation import out_of_patience, validate, write_samples
-from tfm.translator import Translator
+from tfm.training.validation import out_of_patience, validate, validation_figures
 
 log = logging.getLogger('tfm')
 
@@ -72,13 +74,14 @@ def train(config: Config, run: str, init_run: str | None = None) -> Outcome:
   corpus = build_corpus(config.data)
   begin = start(config, corpus, run, init_run)
   opening = [begin.sentence, f'{corpus.describe()}: {begin.batches.report()}']
-  return _Loop(config, begin, corpus.validation()).run(opening)
+  pairs = corpus.validation()[:config.training.validation_sentences] if config.objective == 'translation' else []
+  return _Loop(config, begin, pairs).run(opening)
 
 
 class _Loop:
   """One sitting of a run. Metrics are fetched a step behind, so that the device never waits for the host."""
 
-  def __init__(self, config: Config, begin: Start, validation_pairs):
+  def __init__(self, config: Config, begin: Start, decoded_pairs):
     self.config, self.training, self.begin = config, config.training, begin
     self.state: TrainState = begin.state
     self.first_step = int(jax.device_get(begin.state.step))
@@ -89,8 +92,8 @@ class _Loop:
                      jit_step(config, begin.model, self.mesh, jax.eval_shape(lambda: begin.state)))
     self.share = share_of_rows(self.mesh)
     self.writes = jax.process_index() == 0
-    self.translator = Translator(begin.model, begin.state.params, begin.tokenizers, config.decoding)
-    self.decoded_pairs = validation_pairs[:self.training.validation_sentences]
+    self.user = assemble(config, begin.model, begin.state.params, begin.tokenizers)
+    self.decoded_pairs = decoded_pairs
     self.pending: tuple[int, StepMetrics] | None = None
 
   def run(self, opening: list[str]) -> Outcome:
@@ -143,8 +146,8 @@ class _Loop:
     """Start one update; meanwhile read what the one before left behind."""
     if not self.pmap:
       part, parts = self.share
-      height = len(batch.source_BxS)
-      batch = place_batch(batch, part * height, parts * height, self.mesh)
+      height = len(batch[0])
+      batch = place_batch(batch, part * height, parts * height, self.mesh, self.config.model.shape)
     # Nothing may move between host and device unseen: that would stall every step.
     with contextlib.ExitStack() as around:
       if not self.pmap:
@@ -188,20 +191,28 @@ class _Loop:
     return PeerLost(f'Another process of this run has gone, or the network between them ({reason}); {good}. '
                     'Start the run again, with as many processes as there are now: it resumes.')
 
+  def _figures(self, step: int, params) -> dict[str, float]:
+    """Figures of the weights; some samples are written beside."""
+    begin, path, count = self.begin, self.begin.folder.samples / f'{step:06d}.txt', self.training.samples
+    if self.config.objective == 'translation':
+      figures, hypotheses = validate(begin.model, params, begin.validation_batches, self.user, self.decoded_pairs)
+      if self.writes:
+        write_samples(path, self.decoded_pairs[:count], hypotheses)
+      return figures
+    if self.writes and count:
+      write_whole(path, describe_rows(self.user.with_params(params), begin.validation_batches[0], count))
+    return validation_figures(begin.model, params, begin.validation_batches)
+
   def _validate(self, step: int) -> dict[str, float]:
     self._read_pending()
     self.throughput.pause()
-    params = self.state.params
+    params = self.state.served_params
     if self.mesh.size > 1:  # every process decodes by itself, on one device
       params = jax.tree.unflatten(jax.tree.structure(params), list(map(jax.device_put, snapshot(params).values())))
-    figures, hypotheses = validate(self.begin.model, params, self.begin.validation_batches, self.translator,
-                                   self.decoded_pairs)
+    figures = self._figures(step, params)
     if not math.isfinite(figures['nll']):
       raise self._diverged(step, f'a validation nll of {figures["nll"]}')
     self.metrics.validation(step, figures)
-    if self.writes:
-      write_samples(self.begin.folder.samples / f'{step:06d}.txt', self.decoded_pairs[:self.training.samples],
-                    hypotheses)
     self.throughput.go_on()
     shown = ', '.join(f'{name} {value:.4g}' for name, value in figures.items())
     self.progress.note(f'validation at step {step}: {shown} ({self.metrics.seconds:.0f} s)')

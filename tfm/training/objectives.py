@@ -16,6 +16,12 @@ with </s>; for a decoder ids_BxT and segments_BxT or None; for an encoder inputs
 nothing is asked (`tfm.text.objectives` makes them)."""
 
 
+def abstract_batch(shape: str, rows: int, S: int, T: int) -> Batch:
+  """Shapes of a batch for a model of `shape`, with S tokens a row for an encoder and T labels a row for a decoder."""
+  sides = {'encoder_decoder': (S, T + 1), 'decoder_only': (T + 1, None), 'encoder_only': (S, S)}[shape]
+  return tuple(None if width is None else jax.ShapeDtypeStruct((rows, width), jnp.int32) for width in sides)
+
+
 def inputs_and_labels(model: Model, batch: Batch) -> tuple[tuple, jax.Array, jax.Array]:
   """(what `model.hidden` reads, labels_BxT, bool BxT: which labels count).
 

@@ -1,12 +1,20 @@
-"""What is said when training ends: scores on the test set, a few translations, a picture of the attention."""
+"""What is said when training ends: figures on the test set, a few examples, a picture of the attention."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from tfm.config import Config
+from tfm.loaded import Loaded
 from tfm.scores import bleu, chrf, exact_match
-from tfm.text.corpora import Pair
+from tfm.text.corpora import Pair, build_corpus
+from tfm.text.objectives import build_evaluation_batches
+from tfm.training.samples import describe_rows
+from tfm.training.validation import validation_figures
 from tfm.translator import Translator
 
 
@@ -23,6 +31,23 @@ def test_report(translator: Translator, pairs: Sequence[Pair], shown: int = 5) -
       f'  {chrf(hypotheses, references, bootstrap=True)}',
       f'  {bleu(hypotheses, references, bootstrap=True)}' if has_4_grams else
       '  no BLEU: it counts four words in a row, and no reference has four', *lines])
+
+
+def text_report(user: Loaded, config: Config, shown: int = 2) -> str:
+  """nll, perplexity and accuracy of a model of one language on the test set, or on the validation set where there is
+  none; of a causal one also bits a byte, which do not depend on the tokenizer."""
+  corpus = build_corpus(config.data)
+  texts, name = (corpus.validation(), 'Validation') if corpus.test() is None else (corpus.test(), 'Test')
+  batches = build_evaluation_batches(config, texts, user.tokenizers)
+  figures = validation_figures(user.model, user.params, batches)
+  nll = figures['nll']
+  line = f'nll {nll:.4f} nats a token, perplexity {math.exp(nll):.2f}, accuracy {figures["accuracy"]:.1f} %'
+  if config.objective == 'causal':
+    labels = [np.asarray(batch[0])[:, 1:] for batch in batches]
+    tokens = sum(int((ids != user.special.pad).sum()) for ids in labels)
+    size = sum(len(user.tokenizers.target.decode(row.tolist()).encode()) for ids in labels for row in ids)
+    line += f', {nll * tokens / size / math.log(2):.3f} bits a byte'
+  return f'{name} set, {config.objective.replace("_", " ")}:\n  {line}\n{describe_rows(user, batches[0], shown)}'
 
 
 def picture(translator: Translator, sentence: str, path: Path) -> str:

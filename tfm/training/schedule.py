@@ -26,11 +26,21 @@ def learning_rate(config: OptimizerConfig, d_model: int, total_steps: int) -> Ca
     """0 at the end of the warm-up, 1 at the last step."""
     return jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
 
+  def falling(share):
+    """From 1 to `final_fraction` as `share` goes from 1 to 0."""
+    return config.final_fraction + (1.0 - config.final_fraction) * share
+
+  def decayed(step):
+    """1 until the last `decay_fraction` of the steps, then down to 0 in a straight line."""
+    length = max(min(config.decay_fraction * total_steps, total_steps - warmup), 1)
+    return jnp.clip((total_steps - step) / length, 0.0, 1.0)
+
   shapes = {
       'noam': noam,
       'constant': warmed_up(jnp.ones_like),
-      'linear': warmed_up(lambda step: 1.0 - done(step)),
-      'cosine': warmed_up(lambda step: 0.5 + 0.5 * jnp.cos(jnp.pi * done(step))),
+      'linear': warmed_up(lambda step: falling(1.0 - done(step))),
+      'cosine': warmed_up(lambda step: falling(0.5 + 0.5 * jnp.cos(jnp.pi * done(step)))),
+      'wsd': warmed_up(lambda step: falling(decayed(step))),
       'rsqrt': warmed_up(lambda step: (step / warmup) ** -0.5),
   }
   shape = shapes[config.schedule]

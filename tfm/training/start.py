@@ -18,8 +18,10 @@ from tfm.models.layout import to_layout
 from tfm.parallel.compile import require_rows, share_of_rows
 from tfm.parallel.mesh import build_mesh
 from tfm.parallel.rules import shardings
-from tfm.text.batches import Batch, Batches, encode_pairs, evaluation_batches
+from tfm.text.batches import Batches
 from tfm.text.corpora import Corpus
+from tfm.text.language_batches import FullBatches
+from tfm.text.objectives import build_batches, build_evaluation_batches
 from tfm.text.tokenizer import Tokenizers, train_tokenizers
 from tfm.training.checkpoints import CheckpointError, Checkpoints, Damaged
 from tfm.training.initialize import init_from
@@ -41,8 +43,8 @@ class Start:
 
   folder: RunFolder
   tokenizers: Tokenizers
-  batches: Batches
-  validation_batches: list[Batch]
+  batches: Batches | FullBatches
+  validation_batches: list[tuple]
   model: Model
   mesh: Mesh
   state: TrainState
@@ -67,8 +69,7 @@ def start(config: Config, corpus: Corpus, run: str, init_run: str | None) -> Sta
     tokenizers = train_tokenizers(config.tokenizer, corpus.tokenizer_texts())
   mesh = build_mesh(config.mesh)
   require_rows(config, mesh)
-  batches = Batches(corpus, tokenizers, config.data, config.training.seed, config.data.rows_multiple,
-                    *share_of_rows(mesh))
+  batches = build_batches(config, corpus, tokenizers, *share_of_rows(mesh))
   validation_batches = _validation_batches(config, corpus, tokenizers, batches)
   model = build_model(config.model, tokenizers.source.vocab_size, tokenizers.target.vocab_size)
   training = config.training
@@ -105,16 +106,19 @@ def start(config: Config, corpus: Corpus, run: str, init_run: str | None) -> Sta
                f'{sentence}: {count_parameters(state.params):,} parameters{where if mesh.size > 1 else ""}.')
 
 
-def _validation_batches(config: Config, corpus: Corpus, tokenizers: Tokenizers, batches: Batches) -> list[Batch]:
+def _validation_batches(config: Config, corpus: Corpus, tokenizers: Tokenizers, batches) -> list[tuple]:
   """The validation set; what could not be read or translated must show now, not at the first validation."""
-  pairs = encode_pairs(tokenizers, corpus.validation())
-  found = evaluation_batches(pairs, config.data, batches.shapes)
-  table, refused = config.model.max_positions, config.decoding.max_source_length
+  texts = corpus.validation()
+  found = build_evaluation_batches(config, texts, tokenizers, batches.shapes)
+  if config.objective != 'translation':
+    return found
+  table, refused = config.model.longest, config.decoding.max_source_length
   widest = max(max(batch.source_BxS.shape[1], batch.target_BxT.shape[1] - 1) for batch in found)
   require(table is None or widest <= table,
           f'The validation set has sentences of up to {widest} tokens, but model.max_positions is {table}; raise it or '
           'take them out.')
-  longest = pairs.source.lengths[:config.training.validation_sentences].max()
+  decoded = [source for source, _ in texts[:config.training.validation_sentences]]
+  longest = max(len(ids) + 1 for ids in tokenizers.source.encode_batch(decoded))
   require(refused is None or longest <= refused,
           f'A validation sentence has {longest} tokens, above decoding.max_source_length={refused}; raise it.')
   return found
@@ -172,7 +176,7 @@ def _convert_state(state: TrainState, layout) -> TrainState:
   """Parameters, and every part of the optimizer state that is shaped like them, in another layout."""
 
   def is_params(node: Any) -> bool:
-    return isinstance(node, dict) and 'decoder' in node
+    return isinstance(node, dict) and ('encoder' in node or 'decoder' in node)
 
   return jax.tree.map(lambda node: to_layout(node, layout) if is_params(node) else node, state, is_leaf=is_params)
 

@@ -12,6 +12,7 @@ from flax import struct
 
 from tfm.config import Config
 from tfm.models.build import Model
+from tfm.training.ema import first_average, next_average
 from tfm.training.loss import Sums
 from tfm.training.objectives import Batch, batch_sums
 from tfm.training.optimizer import build_optimizer
@@ -28,6 +29,13 @@ class TrainState:
   opt_state: Any
   key: jax.Array
   """Typed key from which every step folds its own; it never changes."""
+  ema: Any = None
+  """Moving average of `params` (`optimizer.ema_decay`); None where there is none."""
+
+  @property
+  def served_params(self) -> Any:
+    """The weights to validate and to use: the average, where there is one."""
+    return self.params if self.ema is None else self.ema
 
 
 @struct.dataclass
@@ -42,7 +50,8 @@ class StepMetrics:
 def new_state(config: Config, model: Model, params: Any) -> TrainState:
   optimizer = build_optimizer(config.optimizer, config.model.d_model, config.training.steps)
   key = jax.random.fold_in(jax.random.key(config.training.seed), 1)  # 0 is the key of the initialisation
-  return TrainState(jnp.int32(0), params, optimizer.init(params), key)
+  ema = None if config.optimizer.ema_decay is None else first_average(params)
+  return TrainState(jnp.int32(0), params, optimizer.init(params), key, ema)
 
 
 def build_step(config: Config, model: Model,
@@ -90,6 +99,7 @@ def build_step(config: Config, model: Model,
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     metrics = StepMetrics(sums, optax.tree.norm(gradients), rate(state.step))
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state, state.key), metrics
+    ema = None if state.ema is None else next_average(state.ema, params, state.step, config.optimizer.ema_decay)
+    return TrainState(state.step + 1, params, opt_state, state.key, ema), metrics
 
   return step

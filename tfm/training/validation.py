@@ -1,10 +1,9 @@
-"""Validation: the loss over the whole validation set, and BLEU and chrF of its translations."""
+"""Validation: the loss over the whole validation set, and of translations also BLEU and chrF."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import jax
 
@@ -13,7 +12,6 @@ from tfm.text.batches import Batch
 from tfm.text.corpora import Pair
 from tfm.training.loss import Sums
 from tfm.training.objectives import batch_sums
-from tfm.training.run_folder import write_whole
 from tfm.translator import Translator
 
 BETTER_IS_LOWER = {'nll': True, 'bleu': False, 'chrf': False}
@@ -24,10 +22,15 @@ def _sums(model, params, batch) -> Sums:
   return batch_sums(model, params, batch, smoothing=0.0)
 
 
-def validation_nll(model, params, batches: Sequence[Batch]) -> float:
-  """-log p per target token, nats, without smoothing or dropout, over all batches."""
+def validation_figures(model, params, batches: Sequence[Batch]) -> dict[str, float]:
+  """Over all batches, without smoothing or dropout: nll, -log p per label in nats, and accuracy, per cent."""
   sums = [jax.device_get(_sums(model, params, jax.device_put(tuple(batch)))) for batch in batches]
-  return float(sum(float(s.nll) for s in sums) / sum(float(s.tokens) for s in sums))
+  nll, correct, tokens = (sum(float(getattr(s, name)) for s in sums) for name in ('nll', 'correct', 'tokens'))
+  return {'nll': nll / tokens, 'accuracy': 100 * correct / tokens}
+
+
+def validation_nll(model, params, batches: Sequence[Batch]) -> float:
+  return validation_figures(model, params, batches)['nll']
 
 
 def validate(model, params, batches: Sequence[Batch], translator: Translator,
@@ -42,13 +45,6 @@ def validate(model, params, batches: Sequence[Batch], translator: Translator,
   figures = {'nll': validation_nll(model, params, batches), 'bleu': bleu(hypotheses, references).value,
              'chrf': chrf(hypotheses, references).value, 'exact': exact_match(hypotheses, references)}
   return figures, hypotheses
-
-
-def write_samples(path: Path, pairs: Sequence[Pair], hypotheses: Sequence[str]) -> None:
-  """One file for people: source, reference and translation of each pair."""
-  blocks = [f'source       {source}\nreference    {reference}\ntranslation  {hypothesis}\n'
-            for (source, reference), hypothesis in zip(pairs, hypotheses)]
-  write_whole(path, '\n'.join(blocks))
 
 
 def out_of_patience(history: Sequence[dict], by: str, patience: int | None) -> bool:

@@ -1,0 +1,92 @@
+"""Sequences of ids of different lengths, end to end in one array: in memory, or in a file where they are too many."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tfm.special_ids import PAD
+from tfm.text.text_files import Texts, fingerprint
+from tfm.text.tokenizer import Tokenizer
+
+IN_MEMORY = 256 * 2**20
+"""Texts of more bytes than this have their ids in a file."""
+
+
+class Ragged(NamedTuple):
+  """Sequence i is ids[starts[i]:starts[i + 1]]."""
+
+  ids: np.ndarray
+  starts: np.ndarray
+
+  @staticmethod
+  def of(sequences: Sequence[Sequence[int]]) -> Ragged:
+    starts = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])]).astype(np.int64)
+    return Ragged(np.fromiter((i for ids in sequences for i in ids), np.int32, starts[-1]), starts)
+
+  @property
+  def lengths(self) -> np.ndarray:
+    return np.diff(self.starts)
+
+  def pad(self, rows: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The sequences `rows`, one under the other, filled up with PAD to (height, width)."""
+    padded = np.full((height, width), PAD, np.int32)
+    for place, row in enumerate(rows):
+      sequence = self.ids[self.starts[row]:self.starts[row + 1]]
+      padded[place, :len(sequence)] = sequence
+    return padded
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Texts, before: Sequence[int] = (), after: Sequence[int] = ()) -> Ragged:
+  """The ids of all texts, each between `before` and `after`.
+
+  Large ones are kept in a file of the user's cache, which is made once for the same texts and tokenizer.
+  """
+  sequences = _sequences(tokenizer, texts, before, after)
+  if texts.size <= IN_MEMORY:
+    return _concatenated(sequences)
+  key = fingerprint(texts.identity, json.dumps(tokenizer.vocabulary()), tokenizer.kind, f'{before} {after}')
+  home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+  return _stored(sequences, home / 'tfm' / 'tokens' / key, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+
+def _sequences(tokenizer, texts, before, after) -> Iterator[Iterator[list[int]]]:
+  def parts(pieces: Iterator[str]) -> Iterator[list[int]]:
+    yield list(before)
+    yield from tokenizer.encode_pieces(pieces)
+    yield list(after)
+
+  return (parts(pieces) for pieces in texts.pieces())
+
+
+def _concatenated(sequences: Iterable[Iterable[list[int]]]) -> Ragged:
+  parts, starts = [], [0]
+  for sequence in sequences:
+    ids = np.fromiter((i for part in sequence for i in part), np.int32)
+    parts.append(ids)
+    starts.append(starts[-1] + len(ids))
+  return Ragged(np.concatenate(parts) if parts else np.zeros(0, np.int32), np.array(starts, np.int64))
+
+
+def _stored(sequences: Iterable[Iterable[list[int]]], stem: Path, kind: type) -> Ragged:
+  """The same in two files, mapped into memory; the second one is complete when it has its name."""
+  ids_file, starts_file = stem.with_suffix('.ids'), stem.with_suffix('.starts')
+  if not starts_file.exists():
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    own = f'.{os.getpid()}.tmp'  # another process may be at it too
+    total = 0
+    with open(f'{ids_file}{own}', 'wb') as ids, open(f'{starts_file}{own}', 'wb') as starts:
+      np.array([0], np.int64).tofile(starts)
+      for sequence in sequences:
+        for part in sequence:
+          np.array(part, kind).tofile(ids)
+          total += len(part)
+        np.array([total], np.int64).tofile(starts)
+    os.replace(f'{ids_file}{own}', ids_file)
+    os.replace(f'{starts_file}{own}', starts_file)
+  return Ragged(np.memmap(ids_file, kind, 'r'), np.memmap(starts_file, np.int64, 'r'))
