@@ -1,4 +1,4 @@
-"""A decoder-only language model of 6.7 billion parameters, of the shape of Llama 2 7B (Touvron et al. 2023), to plan with.
+"""A language model of 6.7 billion parameters, of the shape of Llama 2 7B (Touvron et al. 2023), to plan with.
 
     tfm plan configs/decoder_7b.py --devices 256 --chip v5p --fsdp 256
 
@@ -13,7 +13,8 @@ config = Config(
                             tying='none', scale_embeddings=False, dropout=0.0, dtype='bfloat16', scan_layers=True,
                             remat='full'),
     tokenizer=TokenizerConfig(kind='bpe', vocab_size=32_000),
-    data=DataConfig(tokens_per_batch=4_194_304, max_length=4096),
+    data=DataConfig(corpus='text', source=None, target=None, limit=None, held_out=None, root='text', train='train.txt',
+                    validation='validation.txt', packing='blocks', tokens_per_batch=4_194_304, max_length=4096),
     optimizer=OptimizerConfig(schedule='cosine', learning_rate=3e-4, warmup_steps=2000, b2=0.95, epsilon=1e-8,
                               clip_norm=1.0, label_smoothing=0.0),
     training=TrainingConfig(steps=500_000),

@@ -49,3 +49,24 @@ def numbers_run(tmp_path_factory) -> Path:
                               samples=1, reuse_memory=False),
       decoding=DecodingConfig(beam_size=1, extra_length=20))
   return train(config, tmp_path_factory.mktemp('numbers') / 'run').folder
+
+
+@pytest.fixture(scope='session')
+def letters_run(tmp_path_factory) -> Path:
+  """A run folder for reading: a tiny language model that has learned how the alphabet goes on (80 steps)."""
+  from tfm.config import Config, DataConfig, OptimizerConfig, TokenizerConfig, TrainingConfig, TransformerConfig
+  from tfm.training.loop import train
+  root = tmp_path_factory.mktemp('letters')
+  alphabet = 'abcdefghijklmnopqrstuvwxyz'
+  (root / 'train.txt').write_text(''.join(f'{alphabet[i % 20:i % 20 + 6]}\n' for i in range(400)))
+  config = Config(
+      model=TransformerConfig(encoder_layers=0, decoder_layers=1, d_model=32, d_ff=64, num_heads=2, norm='pre',
+                              dropout=0.0),
+      tokenizer=TokenizerConfig(kind='char', vocab_size=300),
+      data=DataConfig(corpus='text', source=None, target=None, limit=None, held_out=None, root=str(root),
+                      train='train.txt', validation_fraction=0.1, packing='blocks', tokens_per_batch=512,
+                      max_length=32),
+      optimizer=OptimizerConfig(schedule='cosine', learning_rate=1e-2, warmup_steps=10),
+      training=TrainingConfig(steps=80, log_every=40, validate_every=80, checkpoint_every=40, samples=2,
+                              reuse_memory=False))
+  return train(config, root / 'run').folder

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 import tfm
-import tfm.config
 from tfm import cli
 from tfm.config import (
   Config,
@@ -371,18 +370,37 @@ def test_what_to_average_is_said_once(use, numbers_run, tmp_path):
 # -- train.py ---------------------------------------------------------------------------------------------------------
 
 VALUES = Config(
-    model=TransformerConfig(3, 4, 60, 70, 5, 7, 9, 'pre', 1e-3, 'learned', 300, 'target', False, 0.25, 0.5, 0.75,
-                            'reference', 'bfloat16', 4, True, 'dots'),
+    model=TransformerConfig(
+        encoder_layers=3, decoder_layers=4, d_model=60, d_ff=70, num_heads=6, num_kv_heads=2, d_k=7, d_v=9, norm='pre',
+        norm_type='rms', norm_epsilon=1e-3, qk_norm=True, embedding_norm=True, positions='learned', max_positions=300,
+        position_offset=2, feed_forward='swiglu', biases='qkv', experts=4, experts_per_token=3, load_balance=0.25,
+        window=5, attention_scale=0.5, attention_softcap=9.0, attention_sinks=True, tying='target',
+        scale_embeddings=False, scale_output=True, output_bias=True, logit_softcap=8.0, dropout=0.25,
+        attention_dropout=0.5, activation_dropout=0.75, attention_backend='reference', dtype='bfloat16',
+        vocab_multiple=4, pad_id=7, scan_layers=True, remat='dots'),
     tokenizer=TokenizerConfig('unigram', 555, False),
     data=DataConfig(source='fr', target='ja', limit=5000, held_out=77, tokens_per_batch=2048, rows_multiple=12,
                     width_multiple=14, buckets=3, max_length=98, over_long='truncate'),
     optimizer=OptimizerConfig(name='adamw', schedule='wsd', learning_rate=2e-3, warmup_steps=123, final_fraction=0.25,
                               decay_fraction=0.5, b1=0.8, b2=0.95, epsilon=1e-7, weight_decay=0.125, clip_norm=1.5,
                               label_smoothing=0.2, ema_decay=0.75),
-    mesh=MeshConfig(2, 3, 5, 7), training=TrainingConfig(111, 5, 2, 7, 40, 9, 3, 20, 6, 2, 'bleu', 4, False),
+    mesh=MeshConfig(data=2, fsdp=3, expert=4, tensor=5, context=7),
+    training=TrainingConfig(111, 5, 2, 7, 40, 9, 3, 20, 6, 2, 'bleu', 4, False),
     decoding=DecodingConfig(6, 0.9, 'power', 'full', 33, 44, 4321))
-FILES = Config(data=DataConfig('files', limit=None, held_out=None, root='r', train='tr', validation='va', test='te'),
+FILES = Config(model=TransformerConfig(positions='rope', rope_base=500.0, rope_scaling='yarn', rope_factor=4.0,
+                                       rope_original_length=9),
+               data=DataConfig('files', limit=None, held_out=None, root='r', train='tr', validation='va', test='te'),
                mesh=MeshConfig(compiler='pmap'))
+TEXT = dict(corpus='text', source=None, target=None, limit=None, held_out=None, root='r', train='tr',
+            validation_fraction=0.125)
+OTHERS = (
+    Config(model=TransformerConfig(decoder_layers=0, positions='relative', relative_buckets=8, relative_max_distance=20,
+                                   output_transform=True, token_types=2, pooling='first', pooler=True, num_labels=3),
+           tokenizer=TokenizerConfig(extra_ids=1), data=DataConfig(**TEXT, mask_rate=0.25)),
+    Config(model=TransformerConfig(encoder_layers=0),
+           data=DataConfig(**TEXT, documents='file', packing='blocks')),
+    Config(tokenizer=TokenizerConfig(extra_ids=2), data=DataConfig(**{
+        **TEXT, 'corpus': 'huggingface', 'validation_fraction': None}, validation='va', column='words', mean_span=4.0)))
 """Between them they set every leaf to something other than its default."""
 
 
@@ -399,7 +417,7 @@ def option(name: str, value) -> list[str]:
 
 def test_every_leaf_can_be_set(train):
   default, reached = leaves(Config()), set()
-  for config in (VALUES, FILES):
+  for config in (VALUES, FILES, *OTHERS):
     changed = {name: value for name, value in leaves(config).items() if value != default[name]}
     ended, (parsed, *_) = train(*[word for name, value in changed.items() for word in option(name, value)])
     assert ended.code == 0 and parsed == config
@@ -432,8 +450,9 @@ def unboxed(text: str) -> str:
 
 def documentation() -> dict[str, str]:
   """The string under every leaf of the config, by its option."""
-  tree = ast.parse(inspect.getsource(tfm.config))
-  classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+  modules = {sys.modules[section.default_factory.__module__] for section in dataclasses.fields(Config)}
+  classes = {node.name: node for module in modules for node in ast.parse(inspect.getsource(module)).body
+             if isinstance(node, ast.ClassDef)}
   return {f'--{section.name}.{leaf.target.id}'.replace('_', '-'): text.value.value
           for section in dataclasses.fields(Config)
           for leaf, text in zip(classes[section.type].body, classes[section.type].body[1:])

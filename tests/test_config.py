@@ -4,13 +4,13 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 import sys
 import typing
 from pathlib import Path
 
 import pytest
 
-import tfm.config
 from tfm.config import (
   Config,
   ConfigError,
@@ -49,20 +49,64 @@ def several(section, values, sentence):
 
 
 RULES = [
-    *positive(TransformerConfig, 'encoder_layers', 'decoder_layers', 'd_model', 'd_ff', 'num_heads', 'vocab_multiple'),
+    *positive(TransformerConfig, 'd_model', 'd_ff', 'num_heads', 'vocab_multiple', 'relative_max_distance',
+              'experts_per_token'),
+    *[(TransformerConfig, {name: 0.0}, f'{name} is 0.0; give a number above 0')
+      for name in ('norm_epsilon', 'rope_base')],
+    *[(TransformerConfig, {name: -1}, f'model.{name} is -1.*; give 0 or more')
+      for name in ('encoder_layers', 'decoder_layers', 'position_offset', 'experts', 'load_balance', 'token_types',
+                   'num_labels')],
+    *[(TransformerConfig, {name: bad}, f'{name} is {bad}.*; give a number above 0 or None') for bad in (0, -2)
+      for name in ('attention_softcap', 'logit_softcap', 'attention_scale', 'window', 'd_k', 'd_v', 'num_kv_heads')],
     *fractions(TransformerConfig, 'dropout', 'attention_dropout', 'activation_dropout'),
-    (TransformerConfig, dict(attention_dropout=0.1, attention_backend='blockwise'),
-     "attention_backend='blockwise' never holds the pattern that attention_dropout 0.1 would drop from"),
-    (TransformerConfig, dict(norm_epsilon=0.0), 'norm_epsilon is 0.0; give a number above 0'),
+    (TransformerConfig, dict(encoder_layers=0, decoder_layers=0), 'are both 0; give at least one layer'),
     *several(TransformerConfig, [dict(d_model=10, num_heads=4), dict(d_model=10, num_heads=4, d_k=3),
                                  dict(d_model=10, num_heads=4, d_v=3)],
              'd_model 10 is not divisible by num_heads 4; change one or set d_k and d_v'),
-    (TransformerConfig, dict(d_k=0), 'd_k is 0; give a number above 0 or None'),
-    (TransformerConfig, dict(d_v=-2), 'd_v is -2; give a number above 0 or None'),
-    (TransformerConfig, dict(d_model=15, num_heads=5), "positions='sinusoidal'.*d_model must be even, not 15"),
-    *several(TransformerConfig, [dict(positions='learned'), dict(positions='learned', max_positions=0)],
+    (TransformerConfig, dict(num_kv_heads=3), 'num_heads 8 is not a multiple of num_kv_heads 3; change one'),
+    *[(TransformerConfig, {**fields, 'attention_backend': 'blockwise'},
+       f"attention_backend='blockwise' never holds the scores and the pattern that {name} change; set it to 'auto'")
+      for fields, name in ((dict(attention_dropout=0.1), 'attention_dropout'),
+                           (dict(positions='alibi'), "positions='alibi'"),
+                           (dict(positions='relative', attention_dropout=0.1),
+                            "attention_dropout and positions='relative'"))],
+    *[(TransformerConfig, dict(d_model=15, num_heads=5, positions=kind), f"positions='{kind}'.*must be even, not 15")
+      for kind in ('sinusoidal', 'sinusoidal_halves')],
+    *several(TransformerConfig, [dict(positions='learned'), dict(positions='learned', max_positions=0),
+                                 dict(positions='learned', max_positions=2, position_offset=2)],
              "positions='learned' needs a table size: set max_positions"),
     (TransformerConfig, dict(max_positions=9), "max_positions has no effect with positions='sinusoidal'; remove it"),
+    (TransformerConfig, dict(position_offset=2), "position_offset has no effect with positions='sinusoidal'; remove"),
+    *several(TransformerConfig, [dict(rope_base=5.0), dict(rope_scaling='linear')],
+             "rope_base and rope_scaling have no effect with positions='sinusoidal'; remove them"),
+    (TransformerConfig, dict(positions='rope', d_k=5), "positions='rope' rotates pairs.* must be even, not 5"),
+    (TransformerConfig, dict(positions='rope', rope_factor=2.0), "rope_factor is 2.0 with rope_scaling='none'; give 1"),
+    (TransformerConfig, dict(positions='rope', rope_factor=0.5, rope_scaling='linear'),
+     "rope_factor is 0.5 with rope_scaling='linear'; give 1 with 'none', and else 1 or more"),
+    *several(TransformerConfig, [dict(positions='rope', rope_scaling='yarn'),
+                                 dict(positions='rope', rope_scaling='linear', rope_original_length=9)],
+             "rope_original_length is .* 'llama3' and 'yarn' need it, the others have no use for it"),
+    (TransformerConfig, dict(positions='rope', rope_scaling='yarn', rope_original_length=-1),
+     'rope_original_length is -1; give a number above 0'),
+    (TransformerConfig, dict(relative_buckets=8),
+     "relative_buckets and relative_max_distance have no effect with positions='sinusoidal'; remove them"),
+    *several(TransformerConfig, [dict(positions='relative', relative_buckets=bad) for bad in (2, 7)],
+             'relative_buckets is .; give an even number of 4 or more'),
+    (TransformerConfig, dict(positions='relative', relative_max_distance=16),
+     'relative_max_distance 16 leaves no room beyond the 16 buckets of single distances; raise it'),
+    (TransformerConfig, dict(experts=2, experts_per_token=3, biases='none'),
+     'experts_per_token 3 exceeds experts 2; change one'),
+    *several(TransformerConfig, [dict(experts_per_token=1), dict(load_balance=0.1)],
+             'experts_per_token and load_balance have no effect without experts; remove them or set experts'),
+    *[(TransformerConfig, dict(experts=2, biases=biases), f"biases='{biases}' gives the feed-forward network biases")
+      for biases in ('mlp', 'all')],
+    (TransformerConfig, dict(tying='inputs', encoder_layers=0),
+     "tying='inputs' shares two embeddings, but a model that is decoder-only has one"),
+    *[(TransformerConfig, {**fields, **stacks}, f'{name} needs an encoder-only model .decoder_layers=0.; remove it')
+      for stacks in ({}, dict(encoder_layers=0))
+      for name, fields in (('output_transform', dict(output_transform=True)), ('token_types', dict(token_types=2)),
+                           ('pooling', dict(pooling='first')), ('pooler', dict(pooler=True)),
+                           ('num_labels', dict(num_labels=2)))],
 
     (TokenizerConfig, dict(kind='byte'), "kind='byte' always has 260 ids; set vocab_size to None"),
     *several(TokenizerConfig, [dict(vocab_size=260), dict(kind='char', vocab_size=None)],
@@ -99,7 +143,7 @@ RULES = [
     *several(OptimizerConfig, [dict(schedule='wsd', decay_fraction=bad) for bad in (0.0, 1.1)],
              'optimizer.decay_fraction is .*; give a number above 0 and at most 1'),
     (OptimizerConfig, dict(name='adamw', weight_decay=-0.1), 'optimizer.weight_decay is -0.1; give 0 or more'),
-    *[(OptimizerConfig, dict(name=name, **{field: 0.5}), f"optimizer.{field} has no effect with name='{name}'; leave it")
+    *[(OptimizerConfig, dict(name=name, **{field: 0.5}), f"optimizer.{field} has no effect with name='{name}'; leave")
       for name, fields in (('adam', ['weight_decay']), ('lion', ['epsilon']),
                            ('adafactor', ['b1', 'b2', 'epsilon', 'weight_decay'])) for field in fields],
     *several(OptimizerConfig, [dict(ema_decay=0.0), dict(ema_decay=1.0)],
@@ -135,7 +179,7 @@ RULES = [
     (Config, dict(tokenizer=TokenizerConfig(joint=False)),
      "model.tying='all'.*tokenizer.joint is False; set tokenizer.joint=True or model.tying='target'"),
     (Config, dict(model=TransformerConfig(positions='learned', max_positions=255)),
-     'model.max_positions 255 is below data.max_length 256; raise max_positions or lower max_length'),
+     r'max_positions 255 is below data.max_length 256 \+ model.position_offset 0; raise max_positions or lower'),
 ]
 
 
@@ -146,28 +190,36 @@ def test_each_rule_names_the_fields_and_the_fix(section, fields, sentence):
   assert '\n' not in str(raised.value)
 
 
+def trees() -> dict[str, ast.Module]:
+  """The modules that have sections, by name."""
+  return {name: ast.parse(inspect.getsource(sys.modules[name]))
+          for name in sorted({section.__module__ for section in (*SECTIONS, Config)})}
+
+
 def test_no_rule_is_without_an_example(monkeypatch):
-  """Every call of `require...` inside a `check` refuses something in `RULES`."""
-  calls = {node.lineno: node.end_lineno for function in ast.walk(ast.parse(inspect.getsource(tfm.config)))
-           if isinstance(function, ast.FunctionDef) and function.name == 'check' for node in ast.walk(function)
+  """Every call of `require...` inside a `check` or a part of one refuses something in `RULES`."""
+  calls = {(module, node.lineno): node.end_lineno for module, tree in trees().items() for function in ast.walk(tree)
+           if isinstance(function, ast.FunctionDef) and re.match('_?check', function.name)
+           for node in ast.walk(function)
            if isinstance(node, ast.Call) and getattr(node.func, 'id', '').startswith('require')}
-  assert len(calls) > 25
+  assert len(calls) > 60
   refused = set()
 
   def require(condition, sentence):
     frame = sys._getframe(1)
     while not condition and frame is not None:
-      if frame.f_code.co_name == 'check':
-        refused.update(first for first, last in calls.items() if first <= frame.f_lineno <= last)
+      refused.update((module, first) for (module, first), last in calls.items()
+                     if module == frame.f_globals['__name__'] and first <= frame.f_lineno <= last)
       frame = frame.f_back
     if not condition:
       raise ConfigError(sentence)
 
-  monkeypatch.setattr(tfm.config, 'require', require)
+  for module in ('tfm.section', *trees()):
+    monkeypatch.setattr(f'{module}.require', require)
   for section, fields, _ in RULES:
     with pytest.raises(ConfigError):
       section(**fields)
-  assert refused == set(calls), f'rules in lines {sorted(set(calls) - refused)} of config.py have no example'
+  assert refused == set(calls), f'rules without an example, by line: {sorted(set(calls) - refused)}'
 
 
 def test_combinations_that_do_work():
@@ -260,8 +312,8 @@ def test_nearest_names_one_or_nothing():
 
 
 def test_every_leaf_is_documented():
-  tree = ast.parse(inspect.getsource(tfm.config))
-  for section in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith('Config')):
+  classes = (node for tree in trees().values() for node in tree.body if isinstance(node, ast.ClassDef))
+  for section in (node for node in classes if node.name.endswith('Config')):
     for leaf, after in zip(section.body, section.body[1:]):
       if isinstance(leaf, ast.AnnAssign) and section.name != 'Config':
         documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)

@@ -47,8 +47,19 @@ FILES = dict(corpus='files', limit=None, held_out=None, train='train', validatio
 LEAVES = {
     'model.encoder_layers': (2, 'init'), 'model.decoder_layers': (2, 'init'), 'model.d_model': (16, 'init'),
     'model.d_ff': (16, 'init'), 'model.num_heads': (4, 'init'), 'model.d_k': (8, 'init'), 'model.d_v': (8, 'init'),
-    'model.norm': ('pre', 'init'), 'model.norm_epsilon': (1e-3, 'step'), 'model.positions': ('learned', 'init'),
-    'model.max_positions': (128, 'init'), 'model.tying': ('none', 'init'), 'model.scale_embeddings': (False, 'step'),
+    'model.num_kv_heads': (1, 'init'), 'model.norm': ('pre', 'init'), 'model.norm_type': ('rms', 'init'),
+    'model.norm_epsilon': (1e-3, 'step'), 'model.qk_norm': (True, 'init'), 'model.embedding_norm': (True, 'init'),
+    'model.positions': ('learned', 'init'), 'model.max_positions': (128, 'init'), 'model.position_offset': (2, 'step'),
+    'model.rope_base': (500.0, 'step'), 'model.rope_scaling': ('llama3', 'step'), 'model.rope_factor': (4.0, 'step'),
+    'model.rope_original_length': (4000, 'step'), 'model.relative_buckets': (8, 'init'),
+    'model.relative_max_distance': (20, 'step'), 'model.feed_forward': ('swiglu', 'init'),
+    'model.biases': ('none', 'init'), 'model.experts': (4, 'init'), 'model.experts_per_token': (1, 'step'),
+    'model.load_balance': (0.1, 'step'), 'model.window': (3, 'step'), 'model.attention_scale': (1.0, 'step'),
+    'model.attention_softcap': (5.0, 'step'), 'model.attention_sinks': (True, 'init'), 'model.tying': ('none', 'init'),
+    'model.scale_embeddings': (False, 'step'), 'model.scale_output': (True, 'step'),
+    'model.output_bias': (True, 'init'), 'model.output_transform': (True, 'init'), 'model.logit_softcap': (5.0, 'step'),
+    'model.token_types': (2, 'init'), 'model.pooling': ('first', 'vector'), 'model.pooler': (True, 'init'),
+    'model.num_labels': (3, 'init'), 'model.pad_id': (3, 'step'),
     'model.dropout': (0.2, 'step'), 'model.attention_dropout': (0.2, 'step'),
     'model.activation_dropout': (0.2, 'step'), 'model.dtype': ('bfloat16', 'step'),
     'model.attention_backend': ('blockwise', 'step'),
@@ -80,22 +91,40 @@ LEAVES = {
     'decoding.batch_tokens': (16, 'decoding'),
 }
 
+LEARNED = {'model.positions': 'learned', 'model.max_positions': 70}
+ROPE = {'model.positions': 'rope'}
+YARN = {**ROPE, 'model.rope_scaling': 'yarn', 'model.rope_factor': 2.0, 'model.rope_original_length': 10}
+RELATIVE = {'model.positions': 'relative'}
+EXPERTS = {'model.experts': 4, 'model.biases': 'none'}
+ENCODER_ONLY = {
+    'model.decoder_layers': 0, 'tokenizer.extra_ids': 1,
+    'training.validation_sentences': 200,
+    **{f'data.{name}': value for name, value in dict(
+        corpus='text', source=None, target=None, limit=None, held_out=None, root='r', train='t',
+        validation='v').items()}}
+"""A masked language model; its texts are not read."""
+
 # Leaves that mean something only together with another setting: that setting, in both configs compared.
 CONTEXT = {
     'model.max_positions': {'model.positions': 'learned', 'model.max_positions': 64},
+    'model.position_offset': LEARNED, 'model.rope_base': ROPE, 'model.rope_scaling': YARN, 'model.rope_factor': YARN,
+    'model.rope_original_length': YARN, 'model.relative_buckets': RELATIVE, 'model.relative_max_distance': RELATIVE,
+    'model.experts_per_token': EXPERTS, 'model.load_balance': EXPERTS,
+    **{f'model.{name}': ENCODER_ONLY
+       for name in ('output_transform', 'token_types', 'pooling', 'pooler', 'num_labels')},
     'tokenizer.joint': {'model.tying': 'target'},
     'data.root': FILES, 'data.train': FILES, 'data.validation': FILES, 'data.test': FILES,
     'data.over_long': {'data.max_length': 30},
     'optimizer.weight_decay': {'optimizer.name': 'adamw'},
     'optimizer.final_fraction': {'optimizer.schedule': 'linear'},
-    'optimizer.decay_fraction': {'optimizer.schedule': 'wsd', 'optimizer.decay_fraction': 0.25},
+    'optimizer.decay_fraction': {'optimizer.schedule': 'wsd', 'optimizer.decay_fraction': 0.25, 'training.steps': 40},
     'training.patience': {'optimizer.learning_rate': 1e-30, 'training.steps': 8},
     'training.keep_best_by': {'training.keep_last': 1},
     'training.keep_best': {'optimizer.learning_rate': 1e3, 'training.keep_last': 1},
 }
 # Settings that must change along with a leaf for the config to be valid.
 ALONG = {
-    'model.positions': {'model.max_positions': 64},
+    'model.positions': {'model.max_positions': 64}, 'model.experts': {'model.biases': 'none'},
     'data.corpus': {f'data.{name}': value for name, value in FILES.items()},
     'mesh.data': {'mesh.fsdp': 4}, 'mesh.context': {'data.width_multiple': 4},
     'mesh.expert': {'model.experts': 4, 'model.biases': 'none'},
@@ -103,11 +132,12 @@ ALONG = {
 
 
 def changed(config: Config, values: dict) -> Config:
-  for section in dataclasses.fields(Config):
-    own = {name.split('.')[1]: value for name, value in values.items() if name.split('.')[0] == section.name}
-    if own:
-      config = dataclasses.replace(config, **{section.name: dataclasses.replace(getattr(config, section.name), **own)})
-  return config
+  sections: dict[str, dict] = {}
+  for name, value in values.items():
+    section, leaf = name.split('.')
+    sections.setdefault(section, {})[leaf] = value
+  return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **own)
+                                        for section, own in sections.items()})
 
 
 def test_every_leaf_has_a_case():
@@ -179,6 +209,16 @@ def seen_in_step(config, folder, monkeypatch):
   return lowered.as_text()
 
 
+def seen_in_vector(config, folder, monkeypatch):
+  """The program that makes a vector of a sentence."""
+  del folder, monkeypatch
+  model = model_of(config)
+  params = jax.eval_shape(lambda: initialize(model, jax.random.key(0)))
+  ids_BxT = jax.ShapeDtypeStruct((4, 6), jnp.int32)
+  return jax.jit(lambda params, ids_BxT: model.apply({'params': params}, ids_BxT, method='embed')).lower(
+      params, ids_BxT).as_text()
+
+
 def seen_in_data(config, folder, monkeypatch):
   del folder, monkeypatch
   corpus = build_corpus(config.data)
@@ -245,5 +285,6 @@ def seen_in_mesh(config, folder, monkeypatch):
   return repr((mesh_sizes(config.mesh, 8), str(asked.value)))
 
 
-OBSERVERS = {'init': seen_in_init, 'step': seen_in_step, 'data': seen_in_data, 'decoding': seen_in_decoding,
+OBSERVERS = {'init': seen_in_init, 'step': seen_in_step, 'vector': seen_in_vector,
+             'data': seen_in_data, 'decoding': seen_in_decoding,
              'loop': seen_in_loop, 'mesh': seen_in_mesh}

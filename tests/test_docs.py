@@ -6,10 +6,11 @@ import ast
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
-from tfm.config import Config
+from tfm.config import Config, TransformerConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -82,3 +83,20 @@ def test_fields_exist(document):
   for code in CODE.findall(document.read_text()):
     if match := FIELD.match(code):
       assert match[1] in config_fields(), code
+
+
+def test_every_part_of_the_model_has_a_row_whose_file_and_name_are_true():
+  parts, named = rows(ROOT / 'docs' / 'parts.md', 'part'), set()
+  for part, paper, file, names, oracle in parts:
+    assert paper and oracle, part
+    here = names_in(ROOT / file.strip('`'))
+    assert names and set(CODE.findall(names)) <= here, f'{part}: {names} is not in {file}'
+    code = ' '.join(CODE.findall(part))
+    named |= set(re.findall(r'\b[a-z]\w+', code))
+  choices = {f'{leaf.name}={option!r}' for leaf in fields(TransformerConfig)
+             if leaf.name in ('norm', 'norm_type', 'positions', 'feed_forward', 'biases', 'rope_scaling')
+             for option in get_args(get_type_hints(TransformerConfig)[leaf.name])}
+  values = {value for choice in choices for value in [choice.split('=')[1].strip("'")]}
+  no_parts = {'d_model', 'd_ff', 'norm_epsilon', 'max_positions', 'rope_factor', 'rope_original_length',
+              'attention_backend', 'dtype', 'pad_id', 'scan_layers', 'remat'}
+  assert named >= values | {leaf.name for leaf in fields(TransformerConfig)} - no_parts

@@ -141,7 +141,7 @@ class Case:
 
   config: TransformerConfig
   many: bool
-  """Whether it is one of two hundred: then operations are compiled for all, and only some are scanned backwards."""
+  """Whether it is one of two hundred: then only some are scanned backwards."""
 
   @cached_property
   def model(self) -> Model:
@@ -163,9 +163,6 @@ class Case:
             'encoder_only': ('source',)}[self.config.shape]
 
   def run(self, function, *arguments):
-    """Loops are compiled anew each time, so with those the whole is."""
-    if self.many and not self.config.experts and self.config.attention_backend == 'auto':
-      return function(*arguments)
     return jax.jit(function, compiler_options=FAST)(*arguments)
 
   def apply(self, params, *arguments, **more):
@@ -346,9 +343,8 @@ def test_scanned_layers_that_recompute_do_the_same(case):
 
 
 def test_dropout_is_a_function_of_its_key(case):
-  def values(params):
-    return [case.loss(case.model, params, {}, key) for key in (KEY, KEY, jax.random.key(8))]
-
-  c, (first, again, other) = case.config, map(float, case.run(values, case.params))
+  c, value = case.config, jax.jit(lambda params, key: case.loss(case.model, params, {}, key),
+                                 compiler_options=FAST)
+  first, again, other = (float(value(case.params, key)) for key in (KEY, KEY, jax.random.key(8)))
   assert first == again
   assert (first != other) == (c.dropout + c.attention_dropout + c.activation_dropout > 0)

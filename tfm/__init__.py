@@ -24,7 +24,13 @@ _HOME = {
     'TokenizerConfig': 'tfm.config',
     'TrainingConfig': 'tfm.config',
     'TransformerConfig': 'tfm.config',
+    'MeshConfig': 'tfm.config',
     'EncoderDecoder': 'tfm.models.transformer',
+    'DecoderOnly': 'tfm.models.decoder_only',
+    'EncoderOnly': 'tfm.models.encoder_only',
+    'Encoder': 'tfm.pipeline',
+    'Generation': 'tfm.pipeline',
+    'Generator': 'tfm.pipeline',
     'load': 'tfm.pipeline',
     'Translation': 'tfm.pipeline',
     'Translator': 'tfm.pipeline',
@@ -39,13 +45,16 @@ if TYPE_CHECKING:
     ConfigError,
     DataConfig,
     DecodingConfig,
+    MeshConfig,
     OptimizerConfig,
     TokenizerConfig,
     TrainingConfig,
     TransformerConfig,
   )
+  from tfm.models.decoder_only import DecoderOnly
+  from tfm.models.encoder_only import EncoderOnly
   from tfm.models.transformer import EncoderDecoder
-  from tfm.pipeline import Translation, Translator, load
+  from tfm.pipeline import Encoder, Generation, Generator, Translation, Translator, load
   from tfm.training.loop import train
 
 

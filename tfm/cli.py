@@ -278,7 +278,7 @@ def export(
     run: tyro.conf.Positional[str],
     output: tyro.conf.Positional[Path],
     /,
-    format: Literal['safetensors', 'ctranslate2', 'stablehlo'] = 'safetensors',
+    format: Literal['safetensors', 'huggingface', 'ctranslate2', 'stablehlo'] = 'safetensors',
     step: Step = None,
     quantization: Literal['int8', 'int8_float32', 'int8_float16', 'int16', 'float16', 'float32'] | None = None,
     platforms: tuple[Literal['cpu', 'cuda', 'rocm', 'tpu'], ...] = ('cpu', 'cuda', 'tpu'),
@@ -289,8 +289,8 @@ def export(
   Args:
     run: Run folder, release, or 'hf:' and the name or folder of a Hugging Face model.
     output: Folder to write; it must not exist.
-    format: safetensors: a release, which tfm.load opens too. ctranslate2: for that engine. stablehlo: a release and
-      programs that JAX runs without tfm.
+    format: safetensors: a release, which tfm.load opens too. huggingface: for `transformers`. ctranslate2: for that
+      engine. stablehlo: a release and programs that JAX runs without tfm.
     step: Which checkpoint: a number, 'best' (of the validated ones), or the newest if left out.
     quantization: ctranslate2: type of the weights; float32 if left out.
     platforms: stablehlo: what the programs are lowered for.
@@ -305,6 +305,10 @@ def export(
   if format == 'ctranslate2':
     from tfm.interop.ctranslate2 import write_ctranslate2
     print(write_ctranslate2(release, output, quantization))
+  elif format == 'huggingface':
+    from tfm.interop.huggingface import to_huggingface
+    print(to_huggingface(output, release.config.model, release.params, release.special,
+                         vocab_size=release.vocab_sizes[1]))
   elif format == 'stablehlo':
     from tfm.interop.stablehlo import write_stablehlo
     print(write_stablehlo(release, output, platforms, batch))

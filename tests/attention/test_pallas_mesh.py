@@ -1,4 +1,4 @@
-"""The TPU kernel over a mesh: each device its rows and heads."""
+"""The kernels over a mesh: each device its rows and heads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tfm.attention import masks, pallas
+from tfm.attention import masks, pallas, pallas_gpu
 from tfm.attention.attend import for_platform
 from tfm.config import Config, DataConfig, MeshConfig, TransformerConfig
 from tfm.models.build import build_model, initialize
@@ -22,13 +22,14 @@ WIDTH = 512
 LENGTHS = masks.lengths(jnp.array([5, 0, 128, 100]))
 
 
+@pytest.mark.parametrize('kernel', [pallas.attend, partial(pallas_gpu.attend, partitioned=True)], ids=['tpu', 'gpu'])
 @pytest.mark.parametrize('mask', [masks.causal() & LENGTHS, masks.causal(3) & masks.window(7, offset=3)],
                          ids=['causal, lengths', 'window further on'])
-def test_it_is_the_reference_forward_and_backward(mask, law):
+def test_it_is_the_reference_forward_and_backward(mask, kernel, law):
   """By Pallas' interpreter, on two by two by two devices."""
   arrays = law.draw(T=128, S=256, H=4, K=2, C=64, value_width=64, batch=4)
   with jax.set_mesh(build_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-    law.agree(partial(pallas.attend, interpret=True), arrays, mask)
+    law.agree(partial(kernel, interpret=True), arrays, mask)
 
 
 def test_a_sharded_training_step_lowers_for_a_tpu_pod_with_its_kernel():

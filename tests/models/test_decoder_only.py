@@ -33,11 +33,11 @@ def test_it_is_the_decoder_alone(made):
       jnp.shape, jax.eval_shape(partial(initialize, model), jax.random.key(0)))
 
 
-def test_it_is_a_decoder_whose_cross_attention_says_nothing(made, quick):
+def test_it_is_a_decoder_whose_cross_attention_says_nothing(made, random_params, quick):
   """With W^O of cross-attention 0, the encoder-decoder of the same parameters is the decoder-only model."""
   model, variables = made
   both = build_model(dataclasses.replace(CONFIG, encoder_layers=1), V, V)
-  params = initialize(both, jax.random.key(0))
+  params = random_params(both, np.ones((2, 3), int), IDS_BxT)['params']
   for name, layer in variables['params']['decoder'].items():
     params['decoder'][name] |= layer
     params['decoder'][name]['cross_attention']['output']['kernel'] *= 0

@@ -14,6 +14,7 @@ from tfm.config import Config, DataConfig, MeshConfig, TransformerConfig
 from tfm.models.build import build_model, initialize
 from tfm.parallel.compile import jit_step
 from tfm.parallel.mesh import build_mesh
+from tfm.special_ids import SpecialIds
 from tfm.training.step import new_state
 
 V, WIDTH = 300, 512
@@ -59,5 +60,5 @@ def test_decoding_lowers_for_an_accelerator(platform, search):
   key = jax.eval_shape(lambda: jax.random.key(0))
   with for_platform(PLATFORMS[platform]):
     prefix = (jax.ShapeDtypeStruct((2, 3), jnp.int32), rows)
-    traced = translator._run_search.trace(model, asked, 16, params, ids, rows, prefix, key, rows)
+    traced = translator._run_search.trace(model, asked, 16, SpecialIds(), params, ids, rows, prefix, key, rows)
     assert 'stablehlo.while' in traced.lower(lowering_platforms=(platform,)).as_text()

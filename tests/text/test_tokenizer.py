@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -215,3 +216,50 @@ def test_library_ids_are_shifted_and_no_token_is_special(trained):
   model = trained['bpe']._model
   assert isinstance(trained['bpe'], SubwordTokenizer) and not model.get_added_tokens_decoder()
   assert trained['bpe'].vocab_size == model.get_vocab_size() + 4
+
+
+# -- extra ids --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_extra_ids_stand_for_no_text_and_change_no_other(trained, kind, tmp_path):
+  plain = trained[kind]
+  tokenizer = train_tokenizer(dataclasses.replace(settings_for(kind), extra_ids=3), TEXTS)
+  size = plain.vocab_size
+  assert tokenizer.vocab_size == size + 3 and tokenizer.first_extra == tokenizer.mask_id == size
+  assert tokenizer.encode_batch(TEXTS + HARD) == plain.encode_batch(TEXTS + HARD)
+  assert tokenizer.vocabulary() == [*plain.vocabulary(), '<extra_0>', '<extra_1>', '<extra_2>']
+  assert tokenizer.decode([size, *plain.encode('the dog'), size + 2]) == 'the dog'
+  assert tokenizer.tokens([size + 1]) == ['<extra_1>']
+  tokenizer.save(tmp_path / 'a.json')
+  loaded = Tokenizer.load(tmp_path / 'a.json')
+  assert (loaded.extra_ids, loaded.vocabulary()) == (3, tokenizer.vocabulary())
+  assert loaded.to_json() == tokenizer.to_json() == (tmp_path / 'a.json').read_text(encoding='utf-8')
+  assert json.loads(tokenizer.to_json())['format'] == 2 and json.loads(plain.to_json())['format'] == 1
+  assert plain.mask_id is None and 'extra_ids' not in plain.to_json()
+
+
+def test_the_name_of_an_extra_id_is_just_text():
+  for kind in ('bpe', 'word', 'char'):
+    tokenizer = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=400, extra_ids=2), ['<extra_0>'] * 9)
+    ids = tokenizer.encode('<extra_0> <mask>')
+    assert tokenizer.decode(ids) == '<extra_0> <mask>' and max(ids) < tokenizer.first_extra
+    assert len(set(tokenizer.vocabulary())) == tokenizer.vocab_size
+  assert module._readable(b'<extra_0>') != '<extra_0>'
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_text_in_pieces_has_the_ids_of_the_whole(trained, kind):
+  tokenizer = trained[kind]
+  for pieces in (['the dog\n', 'jumps over\n\n', ' the dog\n'], ['one piece'], []):
+    found = [i for ids in tokenizer.encode_pieces(pieces) for i in ids]
+    assert found == tokenizer.encode(''.join(pieces)) and tokenizer.decode(found) == ''.join(pieces)
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'unigram'])
+def test_long_parts_are_not_remembered(trained, kind):
+  tokenizer = trained[kind]
+  before = tokenizer._remembered.cache_info().currsize
+  long = '数字' * module.LONGEST_REMEMBERED
+  assert tokenizer.decode(tokenizer.encode(long)) == long
+  assert tokenizer._remembered.cache_info().currsize == before

@@ -28,7 +28,7 @@ def supports(request: Request) -> str | None:
     return pallas_gpu.supports(request)
   mask, T, S = request.mask, request.query_length, request.key_length
   for condition, reason in (
-      (request.platform != 'tpu', f'its kernels are for TPUs and GPUs, not for {request.platform}'),
+      (request.platform != 'tpu', f'its kernels are for GPUs or for TPUs, not for {request.platform}'),
       (importlib.util.find_spec('jax.experimental.pallas.ops.tpu.splash_attention') is None,
        'this JAX has no splash attention; install jax>=0.10,<0.12'),
       (request.needs_whole_pattern, request.needs_whole_pattern),

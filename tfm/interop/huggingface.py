@@ -22,7 +22,6 @@ from tfm.errors import UserError
 from tfm.interop.huggingface_config import Fields, HuggingFaceError
 from tfm.interop.huggingface_families import FAMILIES, Family, Tensors
 from tfm.interop.huggingface_special import read_special, tokenizer_tokens, write_special
-from tfm.interop.huggingface_tokenizer import load_tokenizers
 from tfm.interop.huggingface_weights import (
   SAFETENSORS,
   buffer_problem,
@@ -37,6 +36,7 @@ from tfm.interop.release import Release, new_folder
 from tfm.models.build import build_model, initialize
 from tfm.models.layout import to_layout
 from tfm.special_ids import SpecialIds
+from tfm.text.huggingface_tokenizer import load_tokenizers
 
 RUNNING = ('dropout', 'attention_dropout', 'activation_dropout', 'load_balance', 'attention_backend', 'dtype',
            'scan_layers', 'remat', 'vocab_multiple')

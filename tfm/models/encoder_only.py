@@ -83,8 +83,9 @@ class EncoderOnly(Ends):
     if self.config.pooling == 'first':
       x_BxD = x_BxTxD[:, 0]
     else:
-      weight_BxTx1 = real_BxT[..., None].astype(x_BxTxD.dtype)
-      x_BxD = jnp.sum(x_BxTxD * weight_BxTx1, axis=1) / jnp.maximum(jnp.sum(weight_BxTx1, axis=1), 1)
+      count_Bx1 = jnp.maximum(jnp.sum(real_BxT, axis=1, keepdims=True), 1)
+      total_BxD = jnp.sum(x_BxTxD * real_BxT[..., None].astype(x_BxTxD.dtype), axis=1, dtype=jnp.float32)
+      x_BxD = (total_BxD / count_Bx1).astype(x_BxTxD.dtype)
     return jnp.tanh(self.pooler(x_BxD)) if self.config.pooler else x_BxD
 
   def _heads(self, x_BxTxD, real_BxT):

@@ -168,7 +168,8 @@ class Batches:
 
   def _require_pairs(self, pairs: Examples) -> None:
     if not len(pairs):
-      raise DataError(f'no training pair has at most data.max_length = {self._data.max_length} tokens; raise it.')
+      raise DataError(f'none of the training {self._noun} has at most data.max_length = {self._data.max_length} '
+                      'tokens; raise it.')
 
   def _plan(self, epoch: int) -> _Plan:
     # The newest two are kept: the one in use, and the one before for a thread that is behind.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import gzip
 import os
 import zlib
@@ -16,7 +15,7 @@ import numpy as np
 from tfm.config import DataConfig
 from tfm.errors import DataError as DataError
 from tfm.text.numbers import Numbers
-from tfm.text.text_files import HuggingFaceTexts, TextFiles, Texts
+from tfm.text.text_files import HuggingFaceTexts, TextFiles, Texts, find_file, not_intact, similar_names
 
 Pair = tuple[str, str]
 
@@ -120,10 +119,9 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     if path.suffix == '.gz':
       data = gzip.decompress(data)
   except FileNotFoundError:
-    raise DataError(f'there is no file {path}{_similar(path.parent, path.name)}') from None
+    raise DataError(f'there is no file {path}{similar_names(path.parent, path.name)}') from None
   except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-    raise DataError(f'{path} is not an intact gzip file ({error}); fetch it again, or drop .gz from its name if it is '
-                    'plain text.') from error
+    raise not_intact(path, error) from error
   except OSError as error:
     raise DataError(f'{path} cannot be read: {error.strerror}.') from error
   data = data.removeprefix(codecs.BOM_UTF8)
@@ -141,7 +139,7 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 
 
 def _read_pairs(root: Path, stem: str, source: str, target: str) -> list[Pair]:
-  paths = [_find(root, f'{stem}.{language}') for language in (source, target)]
+  paths = [find_file(root, f'{stem}.{language}') for language in (source, target)]
   sides = [read_lines(path) for path in paths]
   if len(sides[0]) != len(sides[1]):
     raise DataError(f'{paths[0]} has {len(sides[0]):,} lines, {paths[1].name} {len(sides[1]):,}; line i of one must '
@@ -153,20 +151,3 @@ def _read_pairs(root: Path, stem: str, source: str, target: str) -> list[Pair]:
       if not line.strip():
         raise DataError(f'{path}, line {number:,} is empty; remove that line from both files of the pair.')
   return list(zip(*sides))
-
-
-def _find(root: Path, name: str) -> Path:
-  if not root.is_dir():
-    raise DataError(f'data.root {root} is not a folder; set it to where {name} lies.')
-  found = [path for path in (root / name, root / f'{name}.gz') if path.exists()]
-  if len(found) > 1:
-    raise DataError(f'{root} has both {name} and {name}.gz; remove the one that is not meant.')
-  if not found:
-    raise DataError(f'{root} has neither {name} nor {name}.gz{_similar(root, name)}')
-  return found[0]
-
-
-def _similar(folder: Path, name: str) -> str:
-  names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-  close = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
-  return f'; similar names there: {", ".join(close)}.' if close else '; nothing there has a similar name.'

@@ -130,17 +130,20 @@ class Packed(FullBatches):
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
   """Numbers of the sequences that share a row of `room` tokens: longest first, each into the fullest row it fits."""
   open_rows: list[list[int]] = [[] for _ in range(room + 1)]  # by the room that is left
+  is_open = 0  # bit n: there are rows with room for n more
   packs: list[list[int]] = []
   for number in np.argsort(-lengths, kind='stable').tolist():
     length = int(lengths[number])
-    left = next((left for left in range(length, room + 1) if open_rows[left]), None)
-    if left is None:
+    if fitting := is_open >> length:
+      left = length + (fitting & -fitting).bit_length() - 1
+      row = open_rows[left].pop()
+      is_open &= ~(0 if open_rows[left] else 1 << left)
+    else:
       packs.append([])
       row, left = len(packs) - 1, room
-    else:
-      row = open_rows[left].pop()
     packs[row].append(number)
     open_rows[left - length].append(row)
+    is_open |= 1 << left - length
   return packs
 
 

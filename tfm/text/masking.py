@@ -118,22 +118,21 @@ class Spans:
   seed: int = 0
   epoch: int = 0
 
-  @property
-  def counts(self) -> tuple[np.ndarray, np.ndarray]:
-    """Of every text: tokens that are cut out, and spans."""
-    words = self.texts.lengths
+  def counts(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of texts of so many words: tokens that are cut out, and spans."""
     noise = np.clip(np.round(words * self.rate).astype(np.int64), 1, np.maximum(words - 1, 1))
     spans = np.clip(np.round(noise / self.mean_span).astype(np.int64), 1, np.maximum(words - noise, 1))
     return noise, spans
 
   @property
   def source_lengths(self) -> np.ndarray:
-    noise, spans = self.counts
-    return self.texts.lengths - noise + spans + 1
+    words = self.texts.lengths
+    noise, spans = self.counts(words)
+    return words - noise + spans + 1
 
   @property
   def target_lengths(self) -> np.ndarray:
-    noise, spans = self.counts
+    noise, spans = self.counts(self.texts.lengths)
     return noise + spans + 3
 
   def __len__(self) -> int:
@@ -143,8 +142,8 @@ class Spans:
     return replace(self, seed=seed, epoch=epoch)
 
   def batch(self, shape: Shape, rows: np.ndarray) -> Batch:
-    noise, spans = (count[rows] for count in self.counts)
-    found = [self._cut(row, *counts) for row, *counts in zip(rows, noise, spans)]
+    starts = self.texts.starts
+    found = [self._cut(*each) for each in zip(rows, *self.counts(starts[rows + 1] - starts[rows]))]
     sides = [Ragged.of([pair[side] for pair in found]) for side in (0, 1)]
     every = np.arange(len(rows))
     return Batch(sides[0].pad(every, shape.rows, shape.source), sides[1].pad(every, shape.rows, shape.target))
@@ -165,7 +164,7 @@ class Spans:
 
 def _bits(seed: int, epoch: int, row: int) -> np.random.Philox:
   # A counter for each text, far from the others'; only raw words are promised to stay the same in every NumPy.
-  return np.random.Philox(key=[seed % 2**64, epoch], counter=[0, 0, int(row), 0])
+  return np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64), counter=[0, 0, int(row), 0])
 
 
 def _choose(bits: np.random.Philox, count: int, chosen: int) -> np.ndarray:

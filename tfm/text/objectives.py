@@ -44,7 +44,8 @@ def build_evaluation_batches(config: Config, texts: Sequence[Pair] | Texts, toke
   """All of a validation or test set once; of one language in the same way at every call, whatever the seed.
 
   Args:
-    shapes: those of training, so that nothing new is compiled; texts that do not fit any get one more.
+    shapes: those of training, so that nothing new is compiled; texts that do not fit any get one more, but are
+      truncated to `data.max_length` where they are packed, have spans or the model's positions end.
   """
   data = config.data
   if config.objective == 'translation':
@@ -76,9 +77,12 @@ def _examples(config: Config, tokenizers: Tokenizers, texts: Texts, cut: bool | 
   data, tokenizer = config.data, tokenizers.source
   over_long = data.over_long if cut is None else 'truncate' if cut else None
   if config.objective == 'span_corruption':
-    words, left_out = _fitting(encode_texts(tokenizer, texts), data.max_length - 2, over_long, end=None)
+    require(data.max_length > 4, f'data.max_length {data.max_length} has no room for a span, its sentinels, <s> and '
+                                 '</s>; raise it to 5 or more.')
+    # A target has at most as many tokens more than its text: a sentinel, <s> and </s>.
+    words, left_out = _fitting(encode_texts(tokenizer, texts), data.max_length - 3, over_long, end=None)
     examples = Spans(words, data.mask_rate, data.mean_span, tokenizer.first_extra)
-    spans = int(max(examples.counts[1], default=0))
+    spans = int(max(examples.counts(words.lengths)[1], default=0))
     require(spans < tokenizer.extra_ids,
             f'A text of {int(words.lengths.max(initial=0))} tokens has {spans} spans and needs {spans + 1} sentinels, '
             f'but tokenizer.extra_ids is {tokenizer.extra_ids}; raise it, or lower data.max_length.')

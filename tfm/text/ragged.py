@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -50,7 +49,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Texts, before: Sequence[int] = (),
   sequences = _sequences(tokenizer, texts, before, after)
   if texts.size <= IN_MEMORY:
     return _concatenated(sequences)
-  key = fingerprint(texts.identity, json.dumps(tokenizer.vocabulary()), tokenizer.kind, f'{before} {after}')
+  key = fingerprint(texts.identity, tokenizer.to_json(), f'{before} {after}')
   home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
   return _stored(sequences, home / 'tfm' / 'tokens' / key, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
@@ -74,19 +73,23 @@ def _concatenated(sequences: Iterable[Iterable[list[int]]]) -> Ragged:
 
 
 def _stored(sequences: Iterable[Iterable[list[int]]], stem: Path, kind: type) -> Ragged:
-  """The same in two files, mapped into memory; the second one is complete when it has its name."""
-  ids_file, starts_file = stem.with_suffix('.ids'), stem.with_suffix('.starts')
+  """The same in two files, mapped into memory; the first one is whole when the second has its name."""
+  ids_file, starts_file = files = stem.with_suffix('.ids'), stem.with_suffix('.starts')
   if not starts_file.exists():
     stem.parent.mkdir(parents=True, exist_ok=True)
-    own = f'.{os.getpid()}.tmp'  # another process may be at it too
-    total = 0
-    with open(f'{ids_file}{own}', 'wb') as ids, open(f'{starts_file}{own}', 'wb') as starts:
-      np.array([0], np.int64).tofile(starts)
-      for sequence in sequences:
-        for part in sequence:
-          np.array(part, kind).tofile(ids)
-          total += len(part)
-        np.array([total], np.int64).tofile(starts)
-    os.replace(f'{ids_file}{own}', ids_file)
-    os.replace(f'{starts_file}{own}', starts_file)
+    own = [file.with_suffix(f'{file.suffix}.{os.getpid()}') for file in files]  # another process may be at it too
+    try:
+      with open(own[0], 'wb') as ids, open(own[1], 'wb') as starts:
+        total = np.zeros(1, np.int64)
+        total.tofile(starts)
+        for sequence in sequences:
+          for part in sequence:
+            np.array(part, kind).tofile(ids)
+            total += len(part)
+          total.tofile(starts)
+      for file, name in zip(own, files):
+        os.replace(file, name)
+    finally:
+      for file in own:
+        file.unlink(missing_ok=True)
   return Ragged(np.memmap(ids_file, kind, 'r'), np.memmap(starts_file, np.int64, 'r'))

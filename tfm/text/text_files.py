@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import difflib
 import gzip
 import hashlib
 import itertools
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from tfm.config import DataConfig
 from tfm.errors import DataError
 
-SAMPLE_BYTES = 64 * 2**20
-"""How much of the training text a tokenizer is learned from, from the beginning on."""
+SAMPLE = 64 * 2**20
+"""How many characters of the training text a tokenizer is learned from, from the beginning on."""
 
-PIECE_BYTES = 2**20
-"""A text that is a whole file is read in pieces of about so much, cut at line ends."""
+PIECE = 2**20
+"""A text that is a whole file is read in pieces of about so many characters, cut at line ends."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,15 @@ class TextFiles:
 
   def __init__(self, config: DataConfig):
     self._config, root = config, Path(config.root or '.')
-    self._path = _find(root, config.train)
+    self._path = find_file(root, str(config.train))
     size = _size(self._path)
-    # Of the bytes, and then back to a line's end, as the text is read: nothing is decoded to find the place.
-    cut = None if config.validation_fraction is None else int(size * (1 - config.validation_fraction))
+    # Of the bytes, and then on to a line's end, as the text is read: nothing is decoded to find the place.
+    cut = size if config.validation_fraction is None else int(size * (1 - config.validation_fraction))
     self._train = self._texts(self._path, 0, cut)
-    self._validation = (self._texts(self._path, cut, None) if config.validation is None else
-                        self._texts(_find(root, config.validation), 0, None))
-    self._test = None if config.test is None else self._texts(_find(root, config.test), 0, None)
-    for name, texts in (('training', self._train), ('validation', self._validation), ('test', self._test)):
-      if texts is not None and next(texts.pieces(), None) is None:
-        raise DataError(f'{self._path.parent} has no text for the {name} set; give at least one line.')
+    self._validation = (self._texts(self._path, cut, size) if config.validation is None else
+                        self._whole(find_file(root, config.validation)))
+    self._test = None if config.test is None else self._whole(find_file(root, config.test))
+    _require_texts(config, self._train, self._validation, self._test)
 
   def train(self) -> Texts:
     return self._train
@@ -77,10 +78,12 @@ class TextFiles:
     held_out = 'its last part' if part else self._config.validation
     return f'{self._path}, about {self._train.size:,} bytes; validation on {held_out}'
 
-  def _texts(self, path: Path, start: int, stop: int | None) -> Texts:
+  def _whole(self, path: Path) -> Texts:
+    return self._texts(path, 0, _size(path))
+
+  def _texts(self, path: Path, start: int, stop: int) -> Texts:
     stat = path.stat()
     identity = f'{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {start} {stop} {self._config.documents}'
-    size = (_size(path) if stop is None else stop) - start
 
     def pieces() -> Iterator[Iterator[str]]:
       if self._config.documents == 'line':
@@ -89,7 +92,7 @@ class TextFiles:
       first = next(whole, None)
       return iter(()) if first is None else iter([itertools.chain([first], whole)])
 
-    return Texts(pieces, identity, size)
+    return Texts(pieces, identity, stop - start)
 
 
 class HuggingFaceTexts:
@@ -97,7 +100,7 @@ class HuggingFaceTexts:
 
   Raises:
     ModuleNotFoundError: the package is not installed.
-    DataError: there is no such split or column.
+    DataError: there is no such split or column, or no text in it.
   """
 
   endless: Literal[False] = False
@@ -107,6 +110,7 @@ class HuggingFaceTexts:
     splits = [self._split(name) for name in (config.train, config.validation)]
     self._train, self._validation = splits
     self._test = None if config.test is None else self._split(config.test)
+    _require_texts(config, self._train, self._validation, self._test)
 
   train, validation, test = TextFiles.train, TextFiles.validation, TextFiles.test
   tokenizer_texts = TextFiles.tokenizer_texts
@@ -130,21 +134,36 @@ class HuggingFaceTexts:
       raise DataError(f'{root} has no column {column!r}; data.column must be one of {", ".join(table.column_names)}.')
 
     def pieces() -> Iterator[Iterator[str]]:
-      return (iter([row[column]]) for row in table if row[column].strip())
+      return (iter([row[column]]) for row in table if (row[column] or '').strip())
 
     identity = f'{root} {name} {column} {getattr(table, "_fingerprint", len(table))}'
     return Texts(pieces, identity, table.dataset_size or 0)
 
 
-def _lines(path: Path, start: int, stop: int | None, ends: bool = False) -> Iterator[str]:
+def _require_texts(config: DataConfig, *sets: Texts | None) -> None:
+  for name, texts in zip(('training', 'validation', 'test'), sets):
+    if texts is not None and next(texts.pieces(), None) is None:
+      raise DataError(f'{config.root} has no text for the {name} set; give at least one line that is not blank.')
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+  try:
+    with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file:
+      yield file
+  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    raise not_intact(path, error) from error
+
+
+def _lines(path: Path, start: int, stop: int, ends: bool = False) -> Iterator[str]:
   """Lines whose first byte is in start ... stop - 1, decoded one by one, with their line ends or without."""
-  with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file:
+  with _opened(path) as file:
     place = 0
     for number, line in enumerate(file, 1):
       begin, place = place, place + len(line)
       if begin < start:
         continue
-      if stop is not None and begin >= stop:
+      if begin >= stop:
         return
       if number == 1:
         line = line.removeprefix(codecs.BOM_UTF8)
@@ -162,7 +181,7 @@ def _joined(lines: Iterator[str]) -> Iterator[str]:
   for line in lines:
     piece.append(line)
     size += len(line)
-    if size >= PIECE_BYTES:
+    if size >= PIECE:
       yield ''.join(piece)
       piece, size = [], 0
   if piece:
@@ -175,23 +194,40 @@ def _sample(texts: Texts) -> Iterator[tuple[str]]:
     for piece in pieces:
       yield (piece,)
       size += len(piece)
-      if size >= SAMPLE_BYTES:
+      if size >= SAMPLE:
         return
 
 
-def _find(root: Path, name: str | None) -> Path:
-  for path in (root / str(name), root / f'{name}.gz'):
-    if path.is_file():
-      return path
-  raise DataError(f'there is no file {root / str(name)}, nor with .gz; set data.root and the name of the file.')
+def find_file(root: Path, name: str) -> Path:
+  """ROOT/name or ROOT/name.gz; raises `DataError` where there is neither or both."""
+  if not root.is_dir():
+    raise DataError(f'data.root {root} is not a folder; set it to where {name} lies.')
+  found = [path for path in (root / name, root / f'{name}.gz') if path.is_file()]
+  if len(found) > 1:
+    raise DataError(f'{root} has both {name} and {name}.gz; remove the one that is not meant.')
+  if not found:
+    raise DataError(f'{root} has neither {name} nor {name}.gz{similar_names(root, name)}')
+  return found[0]
+
+
+def similar_names(folder: Path, name: str) -> str:
+  """The end of a sentence about a file that is not there."""
+  names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+  close = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
+  return f'; similar names there: {", ".join(close)}.' if close else '; nothing there has a similar name.'
+
+
+def not_intact(path: Path, error: Exception) -> DataError:
+  return DataError(f'{path} is not an intact gzip file ({error}); fetch it again, or drop .gz from its name if it is '
+                   'plain text.')
 
 
 def _size(path: Path) -> int:
   """Bytes of the text; of a .gz file they are counted."""
   if path.suffix != '.gz':
     return path.stat().st_size
-  with gzip.open(path, 'rb') as file:
-    return sum(len(block) for block in iter(lambda: file.read(PIECE_BYTES), b''))
+  with _opened(path) as file:
+    return sum(len(block) for block in iter(lambda: file.read(PIECE), b''))
 
 
 def fingerprint(*parts: str) -> str:

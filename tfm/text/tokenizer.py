@@ -29,6 +29,9 @@ SPECIAL_NAMES = ('<pad>', '<s>', '</s>', '<unk>')
 FORMAT = 2
 """1 has no extra ids, and is still written where there are none."""
 
+LONGEST_REMEMBERED = 64
+"""Parts of a text of at most so many characters are looked up where they were seen before."""
+
 _WORD_SPACE = re.compile(r' (?=[\w!-~])')
 _WORDS = re.compile(r' ?\w+| ?[^\w\s]|\s')
 _EXTRA = re.compile(r'<extra_\d+>')
@@ -101,11 +104,15 @@ class Tokenizer:
     """The readable string of every id, all different; the index is the id."""
     return list(self._names)
 
-  def save(self, path: str | os.PathLike) -> None:
-    """Write one JSON file that `load` reads."""
+  def to_json(self) -> str:
+    """All that a tokenizer is."""
     extra = {'extra_ids': self.extra_ids} if self.extra_ids else {}
     content = {'format': FORMAT if extra else 1, 'kind': self.kind, **extra, **self._content()}
-    Path(path).write_text(json.dumps(content, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
+    return json.dumps(content, ensure_ascii=False, indent=1) + '\n'
+
+  def save(self, path: str | os.PathLike) -> None:
+    """Write one JSON file that `load` reads."""
+    Path(path).write_text(self.to_json(), encoding='utf-8')
 
   @staticmethod
   def load(path: str | os.PathLike) -> Tokenizer:
@@ -139,7 +146,7 @@ class SubwordTokenizer(Tokenizer):
     self._model = model
     pieces = [_bytes_of(symbols) for symbols, _ in sorted(model.get_vocab().items(), key=lambda item: item[1])]
     super().__init__(kind, [b''] * len(SPECIAL_NAMES) + pieces, True, extra_ids)
-    self._ids_of_part = lru_cache(maxsize=1 << 16)(self._encode_part)
+    self._remembered = lru_cache(maxsize=1 << 16)(self._encode_part)
 
   def _encode(self, texts):
     # The library always cuts before such a space, so the parts can be encoded alone; most are words seen before.
@@ -152,6 +159,10 @@ class SubwordTokenizer(Tokenizer):
         row += known(' ' + part)
       ids.append(row)
     return ids
+
+  def _ids_of_part(self, text: str) -> list[int]:
+    # Where a language has no spaces a part may be a whole file.
+    return (self._remembered if len(text) <= LONGEST_REMEMBERED else self._encode_part)(text)
 
   def _encode_part(self, text: str) -> list[int]:
     return [i + len(SPECIAL_NAMES) for i in self._model.encode(text).ids]

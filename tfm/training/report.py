@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from tfm.config import Config
+from tfm.generator import Generator
 from tfm.loaded import Loaded
 from tfm.scores import bleu, chrf, exact_match
+from tfm.special_ids import EOS
 from tfm.text.corpora import Pair, build_corpus
+from tfm.text.masking import CausalBatch
 from tfm.text.objectives import build_evaluation_batches
+from tfm.training.objectives import inputs_and_labels
 from tfm.training.samples import describe_rows
 from tfm.training.validation import validation_figures
 from tfm.translator import Translator
@@ -43,11 +47,19 @@ def text_report(user: Loaded, config: Config, shown: int = 2) -> str:
   nll = figures['nll']
   line = f'nll {nll:.4f} nats a token, perplexity {math.exp(nll):.2f}, accuracy {figures["accuracy"]:.1f} %'
   if config.objective == 'causal':
-    labels = [np.asarray(batch[0])[:, 1:] for batch in batches]
-    tokens = sum(int((ids != user.special.pad).sum()) for ids in labels)
-    size = sum(len(user.tokenizers.target.decode(row.tolist()).encode()) for ids in labels for row in ids)
-    line += f', {nll * tokens / size / math.log(2):.3f} bits a byte'
+    line += f', {bits_a_byte(user, nll, batches):.3f} bits a byte'
   return f'{name} set, {config.objective.replace("_", " ")}:\n  {line}\n{describe_rows(user, batches[0], shown)}'
+
+
+def bits_a_byte(user: Generator, nll: float, batches: Sequence[CausalBatch]) -> float:
+  """`nll`, nats a token, over the bytes of what those tokens say; the end of a text is one, as the end of a line."""
+  said = [np.asarray(labels_BxT)[np.asarray(counts_BxT)]
+          for _, labels_BxT, counts_BxT in (inputs_and_labels(user.model, batch) for batch in batches)]
+  labels = np.concatenate(said)
+  ends = np.flatnonzero(labels == EOS)
+  texts = np.split(labels, ends + 1)  # whole ones: a letter may be cut where a block is
+  size = len(ends) + sum(len(user.tokenizers.target.decode(text.tolist()).encode()) for text in texts)
+  return nll * len(labels) / size / math.log(2)
 
 
 def picture(translator: Translator, sentence: str, path: Path) -> str:

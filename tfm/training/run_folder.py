@@ -138,12 +138,12 @@ class RunFolder:
 
   def read_tokenizers(self) -> Tokenizers:
     """The tokenizers of the run; `RunFolderError` where they are missing."""
-    from tfm.text.tokenizer import Tokenizers
+    from tfm.text.huggingface_tokenizer import open_tokenizers
     self.require_run()
     if not self.tokenizer.is_dir() or not any(self.tokenizer.iterdir()):
       raise RunFolderError(f'{self.path} has no tokenizer: {self.tokenizer} is missing or empty; '
                            'restore it from a copy of the run, for without it the ids mean nothing.')
-    return Tokenizers.load(self.tokenizer)
+    return open_tokenizers(self.tokenizer)
 
 
 def _sync(path: Path) -> None:

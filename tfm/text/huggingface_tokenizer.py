@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tfm.text.tokenizer import TokenizerError, Tokenizers
+
+_OURS = 'tfm_tokenizer.json'
+"""Beside their files: what only we know."""
 
 
 class HuggingFaceTokenizer:
@@ -56,13 +60,14 @@ class HuggingFaceTokenizer:
     argument = 'text_target' if self._target else 'text'
     return self._tokenizer(**{argument: texts}, add_special_tokens=False, verbose=False)['input_ids']
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`; special ids are skipped."""
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
   def tokens(self, ids: Iterable[int]) -> list[str]:
     """One string per id, as the tokenizer writes it; an id of a row that is no token is '<37>'."""
-    words = self._tokenizer.convert_ids_to_tokens([int(i) for i in ids])
+    ids = [int(i) for i in ids]
+    words = self._tokenizer.convert_ids_to_tokens(ids)
     return [f'<{i}>' if word is None else word for i, word in zip(ids, words)]
 
   def vocabulary(self) -> list[str]:
@@ -72,18 +77,32 @@ class HuggingFaceTokenizer:
   def save(self, folder: str | os.PathLike[str]) -> None:
     """Write the files that `load` reads into a folder."""
     self._tokenizer.save_pretrained(folder)
+    Path(folder, _OURS).write_text(json.dumps({'target': self._target}) + '\n', encoding='utf-8')
 
   @staticmethod
-  def load(folder: str | os.PathLike[str], target: bool = False) -> HuggingFaceTokenizer:
+  def load(folder: str | os.PathLike[str]) -> HuggingFaceTokenizer:
     """Open the tokenizer in a folder; raises `TokenizerError` if there is none."""
     try:
       from transformers import AutoTokenizer
     except ModuleNotFoundError as error:
       raise ModuleNotFoundError("The tokenizer needs transformers: pip install 'tfm[huggingface]'.") from error
+    ours = Path(folder, _OURS)
+    target = ours.is_file() and json.loads(ours.read_text(encoding='utf-8'))['target']
     try:
       return HuggingFaceTokenizer(AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True), target)
     except (ImportError, OSError, ValueError) as error:
       raise TokenizerError(f'{folder} has no tokenizer that transformers can open ({error}).') from error
+
+
+def open_tokenizers(folder: str | os.PathLike[str]) -> Tokenizers:
+  """What `Tokenizers.save` wrote into a folder, ours or these; a tokenizer of Hugging Face is a folder in it."""
+  joint, source, target = (Path(folder, f'tokenizer{name}.json') for name in ('', '.source', '.target'))
+  if joint.is_dir():
+    tokenizer = HuggingFaceTokenizer.load(joint)
+    return Tokenizers(tokenizer, tokenizer)
+  if source.is_dir():
+    return Tokenizers(HuggingFaceTokenizer.load(source), HuggingFaceTokenizer.load(target))
+  return Tokenizers.load(folder)
 
 
 _FILES = ('tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'vocab.txt', 'source.spm', 'spiece.model',
