@@ -18,7 +18,7 @@ config = Config(
     data=DataConfig(corpus='text', source=None, target=None, limit=None, held_out=None,
                     root='../shared/data/tinyshakespeare', train='input.txt', validation_fraction=0.1,
                     documents='file', packing='blocks', tokens_per_batch=12 * 64, rows_multiple=4, max_length=64),
-    optimizer=OptimizerConfig(schedule='cosine', learning_rate=1e-3, warmup_steps=100, b2=0.99, epsilon=1e-8,
-                              clip_norm=1.0, label_smoothing=0.0),
+    optimizer=OptimizerConfig(name='adamw', schedule='cosine', learning_rate=1e-3, final_fraction=0.1, warmup_steps=100,
+                              b2=0.99, epsilon=1e-8, weight_decay=0.1, clip_norm=1.0, label_smoothing=0.0),
     training=TrainingConfig(steps=2000, log_every=100, validate_every=500, checkpoint_every=500, samples=2),
 )

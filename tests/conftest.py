@@ -67,6 +67,6 @@ def letters_run(tmp_path_factory) -> Path:
                       train='train.txt', validation_fraction=0.1, packing='blocks', tokens_per_batch=512,
                       max_length=32),
       optimizer=OptimizerConfig(schedule='cosine', learning_rate=1e-2, warmup_steps=10),
-      training=TrainingConfig(steps=80, log_every=40, validate_every=80, checkpoint_every=40, samples=2,
+      training=TrainingConfig(steps=80, log_every=40, validate_every=80, checkpoint_every=40, samples=0,
                               reuse_memory=False))
   return train(config, root / 'run').folder

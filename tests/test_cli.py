@@ -260,7 +260,7 @@ def test_what_cannot_be_done_is_one_sentence(arguments, sentence, use, numbers_r
 
 
 def test_folders_that_are_no_run_are_one_sentence(use, tmp_path):
-  for command in (['translate'], ['evaluate'], ['average', '--last', '2']):
+  for command in (['translate'], ['evaluate'], ['average', '--last', '2'], ['generate', '--prompt', 'a']):
     assert_one_sentence(use(*command, tmp_path / 'missing'), 'There is no folder .*missing')
     assert_one_sentence(use(*command, tmp_path), 'is not a run')
 
@@ -348,6 +348,50 @@ def test_a_run_without_test_set_needs_files(use, numbers_run, monkeypatch):
 
   monkeypatch.setattr('tfm.text.corpora.build_corpus', lambda data: NoTest())
   assert_one_sentence(use('evaluate', numbers_run), 'has no test set')
+
+
+# -- tfm generate -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def generator(letters_run) -> tfm.Generator:
+  return tfm.load(letters_run)
+
+
+def test_a_text_goes_on_behind_its_prompt(use, letters_run, generator):
+  found, = generator.generate(['cde'], max_new_tokens=9)
+  ended = use('generate', letters_run, '--prompt', 'cde', '--max-new-tokens', '9')
+  assert (ended.code, ended.out, ended.err) == (0, f'cde{found.text}\n', '') and found.text.startswith('fg')
+  assert use('generate', letters_run, '--max-new-tokens', '9', stdin=b'\xef\xbb\xbfcde\r\n').out == ended.out
+  stopped = use('generate', letters_run, '--prompt', 'cde', '--stop', 'g', '--max-new-tokens', '9')
+  assert stopped.out == 'cdef\n'
+  earlier = tfm.load(letters_run, 40).generate(['cde'], max_new_tokens=2)[0].text
+  assert use('generate', letters_run, '--prompt', 'cde', '--step', '40',
+             '--max-new-tokens', '2').out == f'cde{earlier}\n'
+
+
+def test_several_texts_have_seeds_of_their_own(use, letters_run, generator):
+  drawn = [generator.generate(['a'], max_new_tokens=9, sampling_temperature=2.0, sampling_topk=9, seed=seed)[0].text
+           for seed in (3, 4, 5)]
+  ended = use('generate', letters_run, '--prompt', 'a', '--samples', '3', '--seed', '3', '--sampling-temperature', '2',
+              '--sampling-topk', '9', '--max-new-tokens', '9')
+  assert ended.out == '\n\n'.join(f'a{text}' for text in drawn) + '\n' and len(set(drawn)) > 1
+
+
+@pytest.mark.parametrize(('arguments', 'sentence'), [
+    (['--samples', '0'], '--samples is 0; give 1 or more'),
+    (['--samples', '2'], 'a --sampling-temperature for more than 1'),
+    (['--max-new-tokens', '0'], 'max_new_tokens is 0'),
+    (['--sampling-topk', '2'], 'need sampling_temperature'),
+    (['--step', '30'], 'no step 30; there are 40, 80'),
+])
+def test_what_cannot_be_generated_is_one_sentence(arguments, sentence, use, letters_run):
+  assert_one_sentence(use('generate', letters_run, '--prompt', 'a', *arguments), sentence)
+
+
+def test_runs_of_another_shape_are_one_sentence(use, letters_run, numbers_run):
+  assert_one_sentence(use('generate', numbers_run, '--prompt', 'a'), 'is no language model .decoder-only.*translate')
+  assert_one_sentence(use('translate', letters_run, stdin=b'a'), 'is no encoder-decoder.*try generate')
 
 
 # -- tfm average ------------------------------------------------------------------------------------------------------

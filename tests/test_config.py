@@ -28,6 +28,7 @@ from tfm.config import (
 
 RECIPES = sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
 FILES = dict(corpus='files', root='r', train='t', validation='v', limit=None, held_out=None)
+TEXT = {**FILES, 'corpus': 'text', 'source': None, 'target': None}
 SECTIONS = [field.default_factory for field in dataclasses.fields(Config)]
 LEAVES = [(section, field.name) for section in SECTIONS for field in dataclasses.fields(section)]
 
@@ -40,7 +41,7 @@ def positive(section, *names):
 
 
 def fractions(section, *names):
-  return [(section, {name: bad}, f'{name} is {bad}.*0 <= {name} < 1')
+  return [(section, {name: bad}, f'{name} is {bad}.*0 <= .*{name} < 1')
           for name in names for bad in (-0.1, 1.0, float('nan'))]
 
 
@@ -111,18 +112,37 @@ RULES = [
     (TokenizerConfig, dict(kind='byte'), "kind='byte' always has 260 ids; set vocab_size to None"),
     *several(TokenizerConfig, [dict(vocab_size=260), dict(kind='char', vocab_size=None)],
              'needs vocab_size above 260'),
+    (TokenizerConfig, dict(extra_ids=-1), 'tokenizer.extra_ids is -1; give 0 or more'),
 
     *positive(DataConfig, 'tokens_per_batch', 'buckets', 'max_length', 'rows_multiple', 'width_multiple'),
-    (DataConfig, dict(source='de'), "data.source and data.target are both 'de'; give two languages"),
+    *fractions(DataConfig, 'mask_rate'),
+    *several(DataConfig, [{**TEXT, 'mask_rate': 0.0}, {**TEXT, 'mean_span': 0.5}],
+             'data.mask_rate is .* and data.mean_span .*; give a rate above 0, a span of 1 or more'),
+    *[(DataConfig, {**TEXT, name: 'de'}, f"data.{name} needs pairs; with corpus='text' set it to None")
+      for name in ('source', 'target')],
+    *several(DataConfig, [dict(source='de'), dict(target=None), {**FILES, 'source': None}],
+             'data.source is .* and data.target .*; give two languages'),
     *[(DataConfig, {name: 'x'}, f"data.{name} needs data.corpus='files'; with 'numbers' leave it out")
       for name in ('root', 'train', 'validation', 'test')],
     *several(DataConfig, [dict(limit=None), dict(held_out=None), dict(held_out=0)],
              "data.corpus='numbers' needs data.limit and a data.held_out above 0"),
     (DataConfig, dict(limit=99, held_out=25), 'data.limit 99.*data.held_out 25; make limit at least 4 x held_out'),
-    *[(DataConfig, {**FILES, name: None}, f"data.corpus='files' needs data.{name}")
-      for name in ('root', 'train', 'validation')],
-    *[(DataConfig, {**FILES, name: 100}, f"data.{name} needs data.corpus='numbers'; with 'files' set it to None")
-      for name in ('limit', 'held_out')],
+    *[(DataConfig, {**fields, name: None}, f"data.corpus='{fields['corpus']}' needs data.{name}")
+      for name in ('root', 'train', 'validation') for fields in (FILES, TEXT)],
+    (DataConfig, {**TEXT, 'validation_fraction': 0.1}, "'text' needs data.validation .or, .*fraction instead"),
+    *[(DataConfig, {**fields, name: 100},
+       f"data.{name} needs data.corpus='numbers'; with '{fields['corpus']}' set it to None")
+      for name in ('limit', 'held_out') for fields in (FILES, TEXT)],
+    *several(DataConfig, [dict(validation_fraction=0.1), {**FILES, 'validation': None, 'validation_fraction': 0.1},
+                          {**TEXT, 'validation': None, 'validation_fraction': 1.0}],
+             "data.validation_fraction is .* with corpus=.*; it needs 'text' and a number between 0 and 1"),
+    *several(DataConfig, [dict(column='x'), {**TEXT, 'column': 'x'}, {**TEXT, 'corpus': 'huggingface'}],
+             "data.column is .* with corpus=.*; 'huggingface' needs it, the others have none"),
+    *several(DataConfig, [dict(documents='file'), {**TEXT, 'documents': 'file'},
+                          {**TEXT, 'corpus': 'huggingface', 'column': 'x', 'documents': 'file', 'packing': 'blocks'}],
+             "data.documents='file' needs data.corpus='text' and data.packing='blocks'; choose 'line'"),
+    *several(DataConfig, [dict(packing='packed'), dict(mask_rate=0.3), {**FILES, 'mean_span': 2.0}],
+             'data.packing, mask_rate and mean_span have no effect with corpus=.*; leave them out'),
     (DataConfig, dict(max_length=9, tokens_per_batch=8),
      'data.max_length 9 exceeds data.tokens_per_batch 8.*raise one or lower the other'),
 
@@ -178,6 +198,25 @@ RULES = [
      'training.accumulate 3 does not divide data.rows_multiple 8; change one'),
     (Config, dict(tokenizer=TokenizerConfig(joint=False)),
      "model.tying='all'.*tokenizer.joint is False; set tokenizer.joint=True or model.tying='target'"),
+    *[(Config, dict(model=TransformerConfig(**stack)),
+       f"data.corpus='numbers' has pairs, which a model that is {shape} cannot translate; choose 'text'")
+      for stack, shape in ((dict(encoder_layers=0), 'decoder-only'), (dict(decoder_layers=0), 'encoder-only'))],
+    (Config, dict(model=TransformerConfig(encoder_layers=0, tying='none'), data=DataConfig(**TEXT),
+                  tokenizer=TokenizerConfig(joint=False)), "'text' is one language and has one vocabulary; set .*True"),
+    *[(Config, dict(model=TransformerConfig(**stack), data=DataConfig(**TEXT, **{name: value}),
+                    tokenizer=TokenizerConfig(extra_ids=99)), f'data.{name} has no effect on a {objective} objective')
+      for objective, stack, idle in (
+          ('causal', dict(encoder_layers=0), dict(mask_rate=0.3, mean_span=2.0)),
+          ('masked', dict(decoder_layers=0), dict(packing='packed', mean_span=2.0)),
+          ('span corruption', {}, dict(packing='blocks'))) for name, value in idle.items()],
+    *[(Config, dict(model=TransformerConfig(**stack), data=DataConfig(**TEXT),
+                    tokenizer=TokenizerConfig(extra_ids=extra_ids)), f'the {objective} objective needs {extra_ids + 1}')
+      for objective, stack, extra_ids in (('masked', dict(decoder_layers=0), 0), ('span corruption', {}, 1))],
+    (Config, dict(tokenizer=TokenizerConfig(extra_ids=1)),
+     'tokenizer.extra_ids has no use in a translation objective; set it to 0'),
+    *[(Config, dict(model=TransformerConfig(encoder_layers=0), data=DataConfig(**TEXT),
+                    training=TrainingConfig(**training)), 'are about translations, of which there are none here')
+      for training in (dict(keep_best_by='bleu'), dict(validation_sentences=9))],
     (Config, dict(model=TransformerConfig(positions='learned', max_positions=255)),
      r'max_positions 255 is below data.max_length 256 \+ model.position_offset 0; raise max_positions or lower'),
 ]
@@ -228,6 +267,8 @@ def test_combinations_that_do_work():
   TrainingConfig(validate_every=30, checkpoint_every=20, keep_best=0)
   Config(tokenizer=TokenizerConfig(joint=False), model=TransformerConfig(tying='target'))
   DataConfig(**FILES)
+  DataConfig(**{**TEXT, 'validation': None}, validation_fraction=0.1, packing='blocks', documents='file')
+  DataConfig(**{**TEXT, 'corpus': 'huggingface'}, column='text', packing='packed', mean_span=2.0, mask_rate=0.5)
   assert TransformerConfig(d_model=64, num_heads=4).key_width == 16
   assert TransformerConfig(d_model=64, num_heads=4, d_k=5, d_v=7).value_width == 7
 
@@ -242,7 +283,7 @@ def test_a_value_of_another_type_is_refused_by_name(section, leaf):
   if kind is not bool:
     wrong.append(True)
   if str not in (kind, *typing.get_args(kind)):
-    wrong.append('text')
+    wrong.append('nonsense')
   if kind in (int, int | None):
     wrong.append(1.0)
   if type(None) not in typing.get_args(kind):

@@ -4,7 +4,11 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -25,8 +29,8 @@ from tfm.config import (
 from tfm.models.build import build_model, initialize
 from tfm.parallel.mesh import mesh_sizes
 from tfm.special_ids import EOS
-from tfm.text.batches import Batches
 from tfm.text.corpora import build_corpus
+from tfm.text.objectives import build_batches, build_evaluation_batches
 from tfm.text.tokenizer import train_tokenizers
 from tfm.training.step import build_step, new_state
 from tfm.translator import Translator
@@ -65,9 +69,12 @@ LEAVES = {
     'model.attention_backend': ('blockwise', 'step'),
     'model.vocab_multiple': (7, 'init'), 'model.scan_layers': (True, 'init'), 'model.remat': ('dots', 'step'),
     'tokenizer.kind': ('word', 'data'), 'tokenizer.vocab_size': (262, 'data'), 'tokenizer.joint': (False, 'data'),
+    'tokenizer.extra_ids': (30, 'data'),
     'data.corpus': ('files', 'data'), 'data.source': ('fr', 'data'), 'data.target': ('es', 'data'),
     'data.limit': (500, 'data'), 'data.held_out': (30, 'data'), 'data.root': ('other', 'data'),
     'data.train': ('val', 'data'), 'data.validation': ('train', 'data'), 'data.test': ('train', 'data'),
+    'data.validation_fraction': (0.5, 'data'), 'data.column': ('other', 'data'), 'data.documents': ('file', 'data'),
+    'data.packing': ('packed', 'data'), 'data.mask_rate': (0.6, 'data'), 'data.mean_span': (1.0, 'data'),
     'data.tokens_per_batch': (1024, 'data'), 'data.buckets': (3, 'data'), 'data.max_length': (30, 'data'),
     'data.over_long': ('truncate', 'data'), 'data.rows_multiple': (4, 'loop'), 'data.width_multiple': (16, 'data'),
     'mesh.data': (2, 'mesh'), 'mesh.fsdp': (2, 'mesh'), 'mesh.tensor': (2, 'mesh'), 'mesh.context': (2, 'mesh'),
@@ -104,6 +111,13 @@ ENCODER_ONLY = {
         validation='v').items()}}
 """A masked language model; its texts are not read."""
 
+TEXT = {**{f'data.{name}': value for name, value in dict(
+    corpus='text', source=None, target=None, limit=None, held_out=None, train='train.en', validation='val.en').items()},
+        'training.validation_sentences': 200}
+CAUSAL = {**TEXT, 'model.encoder_layers': 0}
+BLOCKS = {**CAUSAL, 'data.packing': 'blocks', 'data.max_length': 8, 'data.tokens_per_batch': 64}
+SPANS = {**TEXT, 'tokenizer.extra_ids': 20, 'data.mask_rate': 0.5}
+
 # Leaves that mean something only together with another setting: that setting, in both configs compared.
 CONTEXT = {
     'model.max_positions': {'model.positions': 'learned', 'model.max_positions': 64},
@@ -114,7 +128,10 @@ CONTEXT = {
        for name in ('output_transform', 'token_types', 'pooling', 'pooler', 'num_labels')},
     'tokenizer.joint': {'model.tying': 'target'},
     'data.root': FILES, 'data.train': FILES, 'data.validation': FILES, 'data.test': FILES,
-    'data.over_long': {'data.max_length': 30},
+    'data.over_long': {'data.max_length': 30}, 'data.packing': CAUSAL, 'data.documents': BLOCKS,
+    'data.validation_fraction': {**BLOCKS, 'data.validation': None, 'data.validation_fraction': 0.25},
+    'data.column': {**CAUSAL, 'data.corpus': 'huggingface', 'data.column': 'text'},
+    'data.mask_rate': SPANS, 'data.mean_span': SPANS, 'tokenizer.extra_ids': SPANS,
     'optimizer.weight_decay': {'optimizer.name': 'adamw'},
     'optimizer.final_fraction': {'optimizer.schedule': 'linear'},
     'optimizer.decay_fraction': {'optimizer.schedule': 'wsd', 'optimizer.decay_fraction': 0.25, 'training.steps': 40},
@@ -154,6 +171,7 @@ def test_the_leaf_changes_something(name, tmp_path, monkeypatch):
   if 'data.corpus' in {*context, name} or name == 'data.corpus':
     for root in ('files', 'other'):
       write_files(tmp_path / root)
+    monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_from_disk=Table))
     along = {'data.root': str(tmp_path / 'files')}
     context = {**context, **(along if name != 'data.corpus' else {})}
   else:
@@ -187,6 +205,26 @@ def write_files(root):
     for language in ('en', 'de'):
       lines = [f'{root.name} {language} {stem} line {i}' for i in range(10 + index)]
       (root / f'{stem}.{language}').write_text('\n'.join(lines) + '\n')
+
+
+class Table:
+  """One of the folders of `write_files` as a data set: all splits have a line of each language in two columns."""
+
+  column_names, dataset_size = ('text', 'other'), 100
+
+  def __init__(self, folder):
+    self.folder = Path(folder)
+
+  def __getitem__(self, split):
+    del split
+    return self
+
+  def __iter__(self):
+    sides = ((self.folder / f'train.{language}').read_text().splitlines() for language in ('en', 'de'))
+    return (dict(zip(self.column_names, row)) for row in zip(*sides))
+
+  def __len__(self):
+    return 10
 
 
 def model_of(config):
@@ -223,12 +261,14 @@ def seen_in_data(config, folder, monkeypatch):
   del folder, monkeypatch
   corpus = build_corpus(config.data)
   tokenizers = train_tokenizers(config.tokenizer, corpus.tokenizer_texts())
-  batches = Batches(corpus, tokenizers, config.data, config.training.seed)
+  batches = build_batches(config, corpus, tokenizers)
   digest = hashlib.sha256(repr((tokenizers.source.vocabulary(), tokenizers.target.vocabulary(), batches.shapes,
-                                tokenizers.joint, corpus.validation(), corpus.test(), batches.report())).encode())
-  for step in range(batches.steps_per_epoch):
-    batch = batches.batch_at(step)
-    digest.update(batch.source_BxS.tobytes() + batch.target_BxT.tobytes())
+                                tokenizers.joint, batches.report())).encode())
+  held_out = [build_evaluation_batches(config, texts, tokenizers)
+              for texts in (corpus.validation(), corpus.test()) if texts is not None]
+  for batch in itertools.chain(map(batches.batch_at, range(batches.steps_per_epoch)), *held_out):
+    for side in batch:
+      digest.update(b'' if side is None else side.tobytes())
   return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +13,14 @@ import numpy as np
 import pytest
 
 import tfm
+from tfm.config import DataConfig, TokenizerConfig, TransformerConfig
+from tfm.loaded import assemble, framing
+from tfm.models.build import build_model, initialize
 from tfm.models.layout import to_layout
+from tfm.special_ids import BOS, OURS, PAD, SpecialIds
+from tfm.text.corpora import build_corpus
+from tfm.text.objectives import build_evaluation_batches
+from tfm.text.tokenizer import Tokenizers, train_tokenizer
 from tfm.training.average import average_run
 from tfm.training.checkpoints import CheckpointError, Checkpoints
 from tfm.training.run_folder import RunFolder, RunFolderError
@@ -117,3 +125,58 @@ def test_a_run_of_a_newer_format(copy):
   file.write_text(json.dumps({**json.loads(file.read_text()), 'format': 99, 'tfm': '7.0'}))
   with pytest.raises(RunFolderError, match=r'format 99, written by tfm 7\.0.*install a newer tfm'):
     tfm.load(copy)
+
+
+# -- the other shapes -------------------------------------------------------------------------------------------------
+
+
+def config_of(shape: str, **data) -> tfm.Config:
+  layers = {'encoder_decoder': (1, 1), 'decoder_only': (0, 1), 'encoder_only': (1, 0)}[shape]
+  extra_ids = {'encoder_decoder': 9, 'decoder_only': 0, 'encoder_only': 1}[shape]
+  model = TransformerConfig(*layers, d_model=8, d_ff=8, num_heads=2)
+  data = dict(corpus='text', source=None, target=None, limit=None, held_out=None, root='r', train='t', validation='v',
+              **data)
+  return tfm.Config(model=model, tokenizer=TokenizerConfig(kind='byte', vocab_size=None, extra_ids=extra_ids),
+                    data=DataConfig(**data))
+
+
+def made(config: tfm.Config):
+  tokenizer = train_tokenizer(config.tokenizer, [])
+  model = build_model(config.model, tokenizer.vocab_size, tokenizer.vocab_size)
+  return assemble(config, model, initialize(model, jax.random.key(0)), Tokenizers(tokenizer, tokenizer))
+
+
+@pytest.mark.parametrize(('shape', 'kind', 'special'), [
+    ('encoder_decoder', tfm.Translator, OURS), ('encoder_only', tfm.Encoder, SpecialIds(source_prefix=(BOS,))),
+    ('decoder_only', tfm.Generator, SpecialIds(source_prefix=(BOS,), source_suffix=()))])
+def test_each_shape_has_its_own_user_and_frame(shape, kind, special):
+  user = made(config_of(shape))
+  assert isinstance(user, kind) and user.special == special == framing(config_of(shape))
+  assert user.model.config == config_of(shape).model
+
+
+def test_texts_are_framed_as_in_training(tmp_path):
+  """What the model reads at use is how training texts begin, and end where the objective reads ends."""
+  (tmp_path / 't').write_text('abc\n')
+  for shape, data in (('decoder_only', {}), ('decoder_only', {'packing': 'packed'}),
+                      ('decoder_only', {'packing': 'blocks'}), ('encoder_only', {}),
+                      ('decoder_only', {'packing': 'blocks', 'documents': 'file'})):
+    config = config_of(shape, **data)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(tmp_path), validation='t'))
+    user, texts = made(config), build_corpus(config.data).train()
+    batch = build_evaluation_batches(config, texts, user.tokenizers)[0]
+    ids, asked = (side if side is None else side[0] for side in batch)
+    if shape == 'encoder_only':
+      ids = np.where(asked == PAD, ids, asked)
+    prefix = user.special.source_prefix
+    read = [*prefix, *user.tokenizers.source.encode('abc'), *user.special.source_suffix]
+    assert ids[:len(read)].tolist() == read
+    assert prefix == (() if data.get('documents') == 'file' else (BOS,))
+
+
+def test_a_run_of_a_language_model_loads_as_a_generator(letters_run):
+  generator = tfm.load(letters_run)
+  assert isinstance(generator, tfm.Generator)
+  found, = generator.generate(['abc'], max_new_tokens=12)
+  assert 'abc' + found.text in 'abcdefghijklmnopqrstuvwxyz' and found.finished
+  jax.tree.map(np.testing.assert_array_equal, generator.params, to_layout(saved(letters_run, 80), 'unrolled'))

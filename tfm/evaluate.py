@@ -42,7 +42,8 @@ def evaluate(
   if RunFolder(runs[0]).read_config().objective == 'translation':
     return _translators(runs, step, *given.values())
   if unused := [name for name, value in given.items() if value is not None]:
-    raise UserError(f'{runs[0]} does not translate, so {" and ".join(unused)} would have no effect; leave out.')
+    raise UserError(f'{runs[0]} does not translate, so {" and ".join(unused)} would have no effect; leave '
+                    f'{"it" if len(unused) == 1 else "them"} out.')
   return _language_models(runs, step)
 
 

@@ -10,6 +10,7 @@ import pytest
 from tfm.config import Config, ConfigError, DataConfig, TokenizerConfig, TrainingConfig, TransformerConfig
 from tfm.errors import DataError
 from tfm.special_ids import BOS, EOS, PAD
+from tfm.text import ragged
 from tfm.text.batches import Batch
 from tfm.text.corpora import build_corpus
 from tfm.text.language_batches import Blocks, Packed
@@ -108,6 +109,20 @@ def test_a_stream_of_lines_has_their_ends_and_a_file_has_none(make):
 
 
 @pytest.mark.parametrize('kind', KINDS)
+def test_ids_in_a_file_give_the_same_batches(make, kind, monkeypatch, tmp_path):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  for values in (dict(), dict(max_length=14), dict(max_length=14, over_long='truncate'), dict(max_length=16)):
+    config, corpus, tokenizers = make(kind, **values)
+    monkeypatch.setattr(ragged, 'IN_MEMORY', 2**20)
+    held = epoch_of(build_batches(config, corpus, tokenizers))
+    monkeypatch.setattr(ragged, 'IN_MEMORY', 0)
+    stored = build_batches(config, corpus, tokenizers)
+    assert same(epoch_of(stored), held)
+    ids = stored._ids if kind == 'blocks' else (stored._texts if kind == 'packed' else stored._train.texts).ids
+    assert isinstance(ids, np.memmap), 'texts larger than memory must not be held'
+
+
+@pytest.mark.parametrize('kind', KINDS)
 def test_processes_share_the_rows(make, kind):
   config, corpus, tokenizers = make(kind)
   whole = build_batches(config, corpus, tokenizers)
@@ -116,6 +131,8 @@ def test_processes_share_the_rows(make, kind):
     parts = [half.batch_at(step) for half in halves]
     joined = [None if side[0] is None else np.concatenate(side) for side in zip(*parts)]
     assert same([joined], [whole.batch_at(step)])
+  with pytest.raises(ConfigError, match='process_index 2 is not below process_count 2'):
+    build_batches(config, corpus, tokenizers, 2, 2)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -155,7 +172,7 @@ def test_over_long_texts_are_dropped_or_truncated_and_counted(make, kind):
     build_batches(*make(kind, max_length=5 if kind == 'span_corruption' else 3))
 
 
-def test_validation_texts_are_cut_only_where_the_model_or_the_row_ends(make):
+def test_validation_texts_are_cut_only_where_the_model_or_the_row_ends(make, caplog):
   for kind, model, cut in (('padded', {}, False), ('masked', {}, False), ('packed', {}, True),
                            ('span_corruption', {}, True),
                            ('padded', dict(positions='learned', max_positions=14), True)):
@@ -165,6 +182,9 @@ def test_validation_texts_are_cut_only_where_the_model_or_the_row_ends(make):
     found = texts_of(kind, made, tokenizers.source)
     most = 14 - (3 if kind == 'span_corruption' else 2)
     assert sorted(found) == sorted(line[:most] if cut else line for line in LINES['val'])
+    said = f'{sum(len(line) > most for line in LINES["val"])} texts of the evaluation are too long' in caplog.text
+    assert said == cut
+    caplog.clear()
 
 
 def test_texts_of_which_all_is_cut_out_still_fit(make):

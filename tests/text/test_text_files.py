@@ -125,7 +125,7 @@ class Table:
 
   def __init__(self, *texts):
     self.rows, self._fingerprint = [{'id': i, 'text': text} for i, text in enumerate(texts)], repr(texts)
-    self.dataset_size = sum(len(text or '') for text in texts)
+    self.data = SimpleNamespace(nbytes=sum(len(text or '') for text in texts))
 
   def __iter__(self):
     return iter(self.rows)
@@ -169,11 +169,16 @@ def test_a_column_of_a_data_set_is_read(datasets, tmp_path):
   assert datasets.asked == [('owner/name', 'train'), ('owner/name', 'validation')]
   assert corpus.train().identity != corpus.validation().identity
   assert 'owner/name' in corpus.describe() and corpus.train().size == 13
-  assert list(hugging_face(root=str(tmp_path), test='validation').test()) == ['four']
-  assert datasets.asked[2:] == [str(tmp_path)] * 3
+  root = str(tmp_path)
+  assert list(hugging_face(root=root, test='validation').test()) == ['four']
+  assert datasets.asked[2:] == [(root, 'train'), (root, 'validation'), (root, 'validation')], 'a folder of files'
+  (tmp_path / 'dataset_dict.json').write_text('{}')
+  assert list(hugging_face(root=root).validation()) == ['four']
+  assert datasets.asked[5:] == [root] * 2, 'what save_to_disk wrote'
 
 
 def test_what_the_data_set_has_not_is_named(datasets, monkeypatch, tmp_path):
+  (tmp_path / 'dataset_dict.json').write_text('{}')
   for root in ('owner/name', str(tmp_path)):
     with pytest.raises(DataError, match="no split 'dev' that could be read"):
       hugging_face(root=root, validation='dev')

@@ -84,7 +84,7 @@ def estimate(config: Config, sizes: dict[str, int], vocab_size: int, shape: Shap
   """
   state = abstract_state(config, vocab_size)
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-  own, moments = _shard_bytes(mesh, state.params), _shard_bytes(mesh, state.opt_state)
+  own, moments = _shard_bytes(mesh, state.params), _shard_bytes(mesh, (state.opt_state, state.ema))
   gathered = {**sizes, 'data': 1, 'fsdp': 1, 'context': 1}
   whole = _shard_bytes(AbstractMesh(tuple(gathered.values()), tuple(gathered)), state.params)
   replicas = math.prod(sizes[name] for name in BATCH_AXES)
@@ -102,8 +102,8 @@ def estimate(config: Config, sizes: dict[str, int], vocab_size: int, shape: Shap
   passes = (3 if remat else 2) * micro  # over the weights
   return Estimate(sizes, memory, exchanges, Roofline(
       compute=(done.step + recomputed) / math.prod(sizes.values()) / chip.flops(config.model.dtype),
-      # Adam reads parameter, gradient and two moments and writes all but the gradient, which was written before.
-      hbm=(passes * whole + 8 * own + 4 * micro * kept) / chip.bandwidth,
+      # The update reads and writes parameters and moments, and reads the gradients, which were written before.
+      hbm=(passes * whole + 4 * own + 2 * moments + 4 * micro * kept) / chip.bandwidth,
       interconnect=sum(each.seconds(chip) for each in exchanges)))
 
 

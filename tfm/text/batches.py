@@ -107,8 +107,7 @@ class Batches:
 
   def __init__(self, corpus: Corpus, tokenizers: Tokenizers, data: DataConfig, seed: int, rows_multiple: int = 1,
                process_index: int = 0, process_count: int = 1, examples: tuple[Examples, int] | None = None):
-    require(0 <= process_index < process_count, f'process_index {process_index} is not below process_count '
-                                                f'{process_count}; number the processes from 0.')
+    require_process(process_index, process_count)
     require(data.max_length > 2, f'data.max_length {data.max_length} has no room beside <s> and </s>; raise it.')
     self._corpus, self._tokenizers, self._data, self._seed = corpus, tokenizers, data, seed
     self._process_index, self._process_count = process_index, process_count
@@ -319,6 +318,10 @@ def _concatenate(parts: Sequence[Encoded]) -> Encoded:
     return Ragged(np.concatenate([part.ids for part in ragged]), starts)
 
   return Encoded(chain([part.source for part in parts]), chain([part.target for part in parts]))
+
+
+def require_process(index: int, count: int) -> None:
+  require(0 <= index < count, f'process_index {index} is not below process_count {count}; number the processes from 0.')
 
 
 def permutation(bits: np.random.Philox, count: int) -> np.ndarray:

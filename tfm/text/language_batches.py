@@ -9,7 +9,7 @@ import numpy as np
 from tfm.config import DataConfig, require
 from tfm.errors import DataError
 from tfm.special_ids import PAD
-from tfm.text.batches import permutation
+from tfm.text.batches import permutation, require_process
 from tfm.text.buckets import Shape
 from tfm.text.masking import CausalBatch
 from tfm.text.ragged import Ragged
@@ -21,6 +21,7 @@ class FullBatches:
   """`batch_at(step)` is a pure function of (texts, data, seed, step); every process keeps a slice of the rows."""
 
   def __init__(self, data: DataConfig, seed: int, rows_multiple: int, process_index: int, process_count: int):
+    require_process(process_index, process_count)
     multiple = math.lcm(rows_multiple, process_count)
     rows = data.tokens_per_batch // data.max_length // multiple * multiple
     require(rows > 0, f'data.tokens_per_batch {data.tokens_per_batch} does not hold {multiple} rows (devices x '

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -14,9 +15,11 @@ from tfm.text.buckets import Shape
 from tfm.text.corpora import Corpus, Pair
 from tfm.text.language_batches import Blocks, FullBatches, Packed, block_batches, pack, packed_rows
 from tfm.text.masking import Masked, Plain, Spans
-from tfm.text.ragged import Ragged, encode_texts
+from tfm.text.ragged import Ragged, encode_texts, made_of
 from tfm.text.text_files import Texts
 from tfm.text.tokenizer import Tokenizers
+
+log = logging.getLogger('tfm')
 
 
 def build_batches(config: Config, corpus: Corpus, tokenizers: Tokenizers, process_index: int = 0,
@@ -56,13 +59,20 @@ def build_evaluation_batches(config: Config, texts: Sequence[Pair] | Texts, toke
     shape = shapes[0] if shapes else Shape(rows, 0, data.max_length + 1)
     if data.packing == 'blocks':
       return block_batches(framed, shape)
-    fitting, _ = _fitting(framed, data.max_length, 'truncate')
+    fitting, truncated = _fitting(framed, data.max_length, 'truncate')
+    _warn(truncated, data.max_length)
     packs = pack(fitting.lengths, shape.target)
     return [packed_rows(fitting, packs[begin:begin + shape.rows], shape.rows, shape.target)
             for begin in range(0, len(packs), shape.rows)]
   limited = config.model.longest is not None or config.objective == 'span_corruption'
-  examples, _ = _examples(config, tokenizers, texts, cut=limited)
+  examples, truncated = _examples(config, tokenizers, texts, cut=limited)
+  _warn(truncated, data.max_length)
   return evaluation_batches(examples, data, shapes)
+
+
+def _warn(truncated: int, most: int) -> None:
+  if truncated:
+    log.warning('%d texts of the evaluation are too long for data.max_length %d and are truncated.', truncated, most)
 
 
 def _framed(config: Config, tokenizers: Tokenizers, texts: Texts) -> Ragged:
@@ -99,15 +109,17 @@ def _fitting(texts: Ragged, most: int, over_long: str | None, end: int | None = 
   too_long = int((lengths > most).sum())
   if over_long is None or not too_long:
     return texts, 0
-  if over_long == 'drop':
-    kept = np.flatnonzero(lengths <= most)
-    if not len(kept):
-      raise DataError(f'no text has at most {most} tokens (data.max_length); raise it or set data.over_long.')
-    parts = [texts.ids[texts.starts[row]:texts.starts[row + 1]] for row in kept]
-  else:
-    parts = [texts.ids[start:min(stop, start + most)].copy() for start, stop in zip(texts.starts, texts.starts[1:])]
-    for part, length in zip(parts, lengths):
-      if length > most and end is not None:
+  if over_long == 'drop' and (lengths > most).all():
+    raise DataError(f'no text has at most {most} tokens (data.max_length); raise it or set data.over_long.')
+  return made_of(texts, _cut(texts, most, over_long, end), f'{over_long}-{most}-{end}'), too_long
+
+
+def _cut(texts: Ragged, most: int, over_long: str, end: int | None) -> Iterator[np.ndarray]:
+  for start, stop in zip(texts.starts, texts.starts[1:]):
+    if stop - start <= most:
+      yield texts.ids[start:stop]
+    elif over_long == 'truncate':
+      part = np.array(texts.ids[start:start + most])
+      if end is not None:
         part[-1] = end
-  starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
-  return Ragged(np.concatenate(parts), starts), too_long
+      yield part

@@ -54,6 +54,15 @@ def encode_texts(tokenizer: Tokenizer, texts: Texts, before: Sequence[int] = (),
   return _stored(sequences, home / 'tfm' / 'tokens' / key, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
+def made_of(texts: Ragged, sequences: Iterable[np.ndarray], name: str) -> Ragged:
+  """Sequences that are parts of those of `texts`; in a file beside theirs, called by `name`, where they are in one."""
+  if isinstance(texts.ids, np.memmap):
+    file = Path(texts.ids.filename)
+    return _stored(([ids] for ids in sequences), file.with_name(f'{file.stem}-{name}'), texts.ids.dtype.type)
+  parts = list(sequences)
+  return Ragged(np.concatenate(parts), np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64))
+
+
 def _sequences(tokenizer, texts, before, after) -> Iterator[Iterator[list[int]]]:
   def parts(pieces: Iterator[str]) -> Iterator[list[int]]:
     yield list(before)

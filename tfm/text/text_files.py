@@ -126,8 +126,8 @@ class HuggingFaceTexts:
                                 ) from None
     root, column = self._config.root, self._config.column
     try:
-      local = Path(root or '').is_dir()
-      table = datasets.load_from_disk(root)[name] if local else datasets.load_dataset(root, split=name)
+      saved = Path(root or '', 'dataset_dict.json').exists()  # by `save_to_disk`; else a name, or a folder of files
+      table = datasets.load_from_disk(root)[name] if saved else datasets.load_dataset(root, split=name)
     except (ValueError, KeyError, FileNotFoundError) as error:
       raise DataError(f'The data set {root} has no split {name!r} that could be read ({error}).') from error
     if column not in table.column_names:
@@ -137,7 +137,7 @@ class HuggingFaceTexts:
       return (iter([row[column]]) for row in table if (row[column] or '').strip())
 
     identity = f'{root} {name} {column} {getattr(table, "_fingerprint", len(table))}'
-    return Texts(pieces, identity, table.dataset_size or 0)
+    return Texts(pieces, identity, table.data.nbytes)
 
 
 def _require_texts(config: DataConfig, *sets: Texts | None) -> None:
