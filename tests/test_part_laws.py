@@ -284,12 +284,11 @@ def is_idle(c: TransformerConfig, path: str) -> bool:
   """Whether a parameter cannot change what the model says.
 
   What adds the same to the scores of all keys vanishes in the softmax; unless positions turn it, a cap bends it, or a
-  sink competes. A single chosen expert has the weight 1 whatever the router says (it learns from the balance alone).
+  sink competes.
   """
   shifts = path.endswith('_attention/key_norm/bias' if c.qk_norm else '_attention/key/bias')
   turned = c.positions == 'rope' and '/self_attention/' in path
-  return (shifts and not (turned or c.attention_softcap or c.attention_sinks)) or (
-      path.endswith('mlp/router') and c.experts_per_token == 1)
+  return shifts and not (turned or c.attention_softcap or c.attention_sinks)
 
 
 def test_every_parameter_counts_but_for_what_the_softmax_cancels(case):

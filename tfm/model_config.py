@@ -81,7 +81,8 @@ class TransformerConfig(Section):
   """E, feed-forward networks per layer, of which a router chooses some for each token (mixture of experts); 0: one
   network and no router."""
   experts_per_token: int = 2
-  """How many a token goes through, weighted by the router's softmax over them (Mixtral, Jiang et al. 2024)."""
+  """How many a token goes through, weighted by the router's softmax over them (Mixtral, Jiang et al. 2024); one is
+  weighted by its softmax over all (Switch Transformer, Fedus et al. 2022)."""
   load_balance: float = 0.01
   """Weight of the load-balance loss (Switch Transformer, Fedus et al. 2022, equation 4; taken over each sequence)."""
 

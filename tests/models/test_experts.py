@@ -28,7 +28,7 @@ def drawn(**changes):
   return layer, layer.init(jax.random.key(0), x_BxTxD)['params'], x_BxTxD
 
 
-def token_by_token(params, x_BxTxD, activation, gated):
+def token_by_token(params, x_BxTxD, activation, gated, k=k):
   """The layer's output, by nothing but products of a vector and a matrix."""
   rows = []
   for x_D in x_BxTxD.reshape(-1, D):
@@ -36,7 +36,8 @@ def token_by_token(params, x_BxTxD, activation, gated):
     chosen = jnp.argsort(-logits_E)[:k]
     share = jnp.exp(logits_E[chosen] - jnp.max(logits_E))
     total_D = 0.0
-    for e, weight in zip(chosen, share / share.sum()):
+    share /= share.sum() if k > 1 else jnp.exp(logits_E - jnp.max(logits_E)).sum()
+    for e, weight in zip(chosen, share):
       inner_F = x_D @ params['inner'][e]
       act_F = activation(x_D @ params['gate'][e]) * inner_F if gated else activation(inner_F)
       total_D += weight * (act_F @ params['outer'][e])
@@ -44,16 +45,16 @@ def token_by_token(params, x_BxTxD, activation, gated):
   return jnp.stack(rows).reshape(x_BxTxD.shape)
 
 
-@pytest.mark.parametrize('feed_forward, activation', [('swiglu', jax.nn.silu), ('relu', jax.nn.relu)])
-def test_output_and_gradients_are_those_of_a_loop_over_tokens(feed_forward, activation, quick):
-  layer, params, x_BxTxD = drawn(feed_forward=feed_forward)
+@pytest.mark.parametrize('feed_forward, activation, k', [('swiglu', jax.nn.silu, 2), ('relu', jax.nn.relu, 1)])
+def test_output_and_gradients_are_those_of_a_loop_over_tokens(feed_forward, activation, k, quick):
+  layer, params, x_BxTxD = drawn(feed_forward=feed_forward, experts_per_token=k)
 
   def both(compute):
     y_BxTxD, vjp = jax.vjp(compute, params, x_BxTxD)
     return y_BxTxD, vjp(LABELS)
 
   found = quick(lambda: both(lambda params, x: layer.apply({'params': params}, x)))()
-  expected = quick(lambda: both(lambda params, x: token_by_token(params, x, activation, feed_forward == 'swiglu')))()
+  expected = quick(lambda: both(lambda params, x: token_by_token(params, x, activation, feed_forward == 'swiglu', k)))()
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 

@@ -19,7 +19,8 @@ from tfm.text.objectives import build_batches, build_evaluation_batches
 from tfm.text.tokenizer import train_tokenizers
 
 LENGTH = 24
-LINES = {'train': [f'{i} ' + 'a' * (i * 7 % 19) for i in range(10, 100)], 'val': [f'v{i} ' + 'b' * i for i in range(18)]}
+LINES = {'train': [f'{i} ' + 'a' * (i * 7 % 19) for i in range(10, 100)],
+         'val': [f'v{i} ' + 'b' * i for i in range(18)]}
 SHAPES = {'causal': dict(encoder_layers=0), 'masked': dict(decoder_layers=0), 'span_corruption': {}}
 KINDS = ['padded', 'packed', 'blocks', 'masked', 'span_corruption']
 

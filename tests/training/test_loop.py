@@ -16,6 +16,7 @@ from tfm.parallel.compile import jit_step
 from tfm.special_ids import PAD
 from tfm.text.batches import Batches, encode_pairs, evaluation_batches
 from tfm.text.corpora import build_corpus
+from tfm.text.objectives import build_evaluation_batches
 from tfm.training.checkpoints import Checkpoints
 from tfm.training.loop import TrainingDiverged, train
 from tfm.training.run_folder import RunFolder
@@ -129,6 +130,52 @@ def test_validation_is_of_the_weights_that_are_saved(undisturbed, tiny):
   (translation,) = translator.translate([source])
   assert sample.name == '000006.txt' and sample.read_text() == (
       f'source       {source}\nreference    {reference}\ntranslation  {translation.text}\n')
+
+
+# -- texts of one language --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_texts(tiny, tmp_path):
+  """`of_texts(model={...}, ...)`: the tiny config on a small text of one language."""
+  (tmp_path / 'text').write_text(''.join(f'{"abc" * (i % 5 + 1)} {"de" * (i % 3 + 1)}\n' for i in range(200)))
+  data = dict(corpus='text', source=None, target=None, limit=None, held_out=None, root=str(tmp_path), train='text',
+              validation_fraction=0.1)
+
+  def make(**changes):
+    return tiny(**{**changes, 'data': {**data, **changes.get('data', {})},
+                   'training': {'validation_sentences': 200, **changes.get('training', {})}})
+
+  return make
+
+
+def test_a_language_model_killed_and_resumed_is_one_that_was_not(of_texts, same_bytes, train_until, tmp_path):
+  config = of_texts(model=dict(encoder_layers=0), data=dict(packing='blocks'))
+  train(config, tmp_path / 'undisturbed')
+  train_until(5, config, tmp_path / 'run')
+  train(config, tmp_path / 'run')
+  same_bytes(tmp_path / 'run', tmp_path / 'undisturbed')
+  (sample,) = RunFolder(tmp_path / 'run').samples.iterdir()
+  assert sample.read_text().startswith('text          ')
+  (record,) = records(tmp_path / 'run', 'validation')
+  assert set(record) == {'kind', 'step', 'nll', 'accuracy'}
+
+
+@pytest.mark.parametrize(('objective', 'changes'), [
+    ('causal', dict(model=dict(encoder_layers=0), data=dict(packing='packed'))),
+    ('masked', dict(model=dict(decoder_layers=0), tokenizer=dict(extra_ids=1))),
+    ('span_corruption', dict(tokenizer=dict(extra_ids=4)))])
+def test_every_objective_is_learned(of_texts, tmp_path, objective, changes):
+  config = of_texts(**changes, training=dict(steps=60, validate_every=60, log_every=5, samples=0),
+                    optimizer=dict(label_smoothing=0.0))
+  assert config.objective == objective
+  train(config, tmp_path / 'run')
+  nll = [record['nll'] for record in records(tmp_path / 'run', 'train')]
+  (validation,) = records(tmp_path / 'run', 'validation')
+  assert np.mean(nll[-3:]) < 0.6 * nll[0] and validation['nll'] < 0.6 * nll[0] and validation['accuracy'] > 20
+  user = tfm.load(tmp_path / 'run')
+  batches = build_evaluation_batches(config, build_corpus(config.data).validation(), user.tokenizers)
+  assert validation_nll(user.model, user.params, batches) == pytest.approx(validation['nll'], rel=1e-5)
 
 
 # -- when to stop, what to keep ---------------------------------------------------------------------------------------

@@ -33,9 +33,9 @@ class EncoderOnly(Ends):
     if c.token_types:
       self.token_types = Embedding(c.token_types, c.d_model, c.dtype)
     if c.pooler:
-      self.pooler = nn.Dense(c.d_model, dtype=c.dtype)
+      self.pooler = nn.Dense(c.d_model, dtype=c.dtype, kernel_init=nn.initializers.xavier_uniform())
     if c.num_labels:
-      self.classifier = nn.Dense(c.num_labels, dtype='float32')
+      self.classifier = nn.Dense(c.num_labels, dtype='float32', kernel_init=nn.initializers.xavier_uniform())
 
   def __call__(self, ids_BxT, types_BxT=None, dropout_key=None) -> jax.Array:
     """Logits BxTxV float32 of the token at each position (masked language model)."""

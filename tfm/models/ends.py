@@ -45,7 +45,8 @@ class Ends(nn.Module):
     if self.output_table == 'output':
       self.output = self._make_embedding(vocab_size)
     if c.output_transform:
-      self.output_transform = nn.Dense(c.d_model, use_bias=c.biases in ('mlp', 'all'), dtype=c.dtype)
+      self.output_transform = nn.Dense(c.d_model, use_bias=c.biases in ('mlp', 'all'), dtype=c.dtype,
+                                       kernel_init=nn.initializers.xavier_uniform())
       self.output_norm = make_norm(c)
     if c.output_bias:
       rows = getattr(self, self.output_table).rows

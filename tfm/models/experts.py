@@ -1,7 +1,7 @@
 """Mixture of experts: several feed-forward networks, of which a router chooses some for each token.
 
-Top-k routing with the softmax over the chosen (Jiang et al. 2024, section 2.2), without a capacity: no token is
-dropped, so what a token becomes depends on itself alone, not on its batch.
+Top-k routing with the softmax over the chosen (Jiang et al. 2024, section 2.2; of one, over all: Fedus et al. 2022,
+equation 2), without a capacity: no token is dropped, so what a token becomes depends on itself alone, not on its batch.
 
 On a mesh the experts are shared out along the axis `expert`, whose devices have rows of the batch of their own: they
 gather the tokens of all, send each through those of its experts that they have, and add up.
@@ -55,7 +55,9 @@ class Experts(nn.Module):
     scores_BxTxk = jnp.take_along_axis(logits_BxTxE, chosen_BxTxk, axis=-1)
     if real_BxT is not None:
       self.sow('losses', 'balance', balance_loss(logits_BxTxE, chosen_BxTxk, real_BxT))
-    weights_BxTxk = jax.nn.softmax(scores_BxTxk, axis=-1).astype(c.dtype)
+    # Over one alone it would be 1, and the router would learn nothing of the task: there it is over all (Switch).
+    total = jax.nn.logsumexp(logits_BxTxE if c.experts_per_token == 1 else scores_BxTxk, axis=-1, keepdims=True)
+    weights_BxTxk = jnp.exp(scores_BxTxk - total).astype(c.dtype)
     kernels = {name: getattr(self, name).astype(c.dtype) for name in ('inner', 'outer', *(('gate',) * c.gated))}
     tokens = (x_BxTxD.astype(c.dtype), chosen_BxTxk, weights_BxTxk, jnp.arange(B * T).reshape(B, T))
     mesh = jax.sharding.get_abstract_mesh()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -45,6 +43,8 @@ class Stack(nn.Module):
 
   config: TransformerConfig
 
+  bidirectional = False
+
   def setup(self):
     if self.config.positions == 'relative':
       self.relative_bias = RelativeBias(self.config.relative_buckets, self.config.relative_max_distance,
@@ -58,12 +58,14 @@ class Stack(nn.Module):
     if c.positions == 'alibi':
       bias = alibi(alibi_slopes(c.num_heads), T, S, first)
     elif c.positions == 'relative':
-      bias = self.relative_bias(T, S, first, bidirectional=not mask.causal)
+      bias = self.relative_bias(T, S, first, bidirectional=self.bidirectional)
     return Tokens(mask, positions if c.positions == 'rope' else None, bias, real_BxT if c.experts else None)
 
 
 class EncoderStack(Stack):
   """The encoder's layers."""
+
+  bidirectional = True
 
   def setup(self):
     super().setup()
@@ -131,4 +133,4 @@ class DecoderStack(Stack):
 
 
 def _stack(keys):
-  return None if keys[0] is None else functools.reduce(lambda a, b: jnp.concatenate([a, b]), [k[None] for k in keys])
+  return None if keys[0] is None else jnp.stack(keys)

@@ -29,6 +29,7 @@ def write_samples(path: Path, pairs: Sequence[Pair], hypotheses: Sequence[str]) 
 
 def describe_rows(user: Loaded, batch: Batch, count: int) -> str:
   """The first `count` rows of a batch of the user's own objective, and what its model says to them."""
+  count = min(count, int((np.asarray(batch[0])[:, 0] != user.special.pad).sum()))  # empty rows come last
   first, second = (None if rows is None else np.asarray(rows)[:count] for rows in batch)
   if isinstance(user, Generator):
     return _continuations(user, first)
