@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
@@ -10,7 +11,7 @@ from tfm.special_ids import BOS, EOS, PAD
 from tfm.text import ragged
 from tfm.text.ragged import Ragged, encode_texts
 from tfm.text.text_files import Texts
-from tfm.text.tokenizer import train_tokenizer
+from tfm.text.tokenizer import Tokenizer, train_tokenizer
 
 WORDS = ['the dog', 'jumps', 'über the dog', 'a dog; dogs', 'x']
 
@@ -63,7 +64,7 @@ def test_a_file_holds_the_same_as_memory(tokenizer, cache, monkeypatch, vocab_si
   assert np.array_equal(stored.pad(rows, 4, 20), held.pad(rows, 4, 20)) and stored.pad(rows, 4, 20).dtype == np.int32
 
 
-def test_the_file_is_made_once_for_the_same_texts_tokenizer_and_frame(tokenizer, cache):
+def test_the_file_is_made_once_for_the_same_texts_tokenizer_and_frame(tokenizer, cache, tmp_path):
   first = encode_texts(tokenizer, texts_of())
   assert len(os.listdir(cache)) == 2
 
@@ -71,12 +72,15 @@ def test_the_file_is_made_once_for_the_same_texts_tokenizer_and_frame(tokenizer,
     yield from pytest.fail('the texts were read again')
 
   assert same(first, encode_texts(tokenizer, Texts(must_not_read, 'one', 99)))
-  unigrams = [train_tokenizer(TokenizerConfig(kind='unigram', vocab_size=270), texts) for texts in (WORDS, WORDS * 2)]
+  unigram = train_tokenizer(TokenizerConfig(kind='unigram', vocab_size=270), WORDS)
+  content = json.loads(unigram.to_json())
+  content['model']['model']['vocab'][-1][1] -= 9.0  # other ids for the same vocabulary
+  (tmp_path / 'other.json').write_text(json.dumps(content))
   for files, (other, texts, frame) in enumerate([
       (tokenizer, texts_of(identity='two'), []), (tokenizer, texts_of(), [[BOS], []]),
       (train_tokenizer(TokenizerConfig(kind='char', vocab_size=300), ['other öä']), texts_of(), []),
       (train_tokenizer(TokenizerConfig(kind='word', vocab_size=300), WORDS), texts_of(), []),
-      *((unigram, texts_of(), []) for unigram in unigrams)], start=2):
+      (unigram, texts_of(), []), (Tokenizer.load(tmp_path / 'other.json'), texts_of(), [])], start=2):
     encode_texts(other, texts, *frame)
     assert len(os.listdir(cache)) == 2 * files
 
