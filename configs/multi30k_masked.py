@@ -2,6 +2,9 @@
 
     python train.py configs/multi30k_masked.py --data.root DIR
     tfm evaluate runs/multi30k_masked
+
+Validation nll after 1,500 updates of 2,048 tokens: 3.57 nats a hidden token, accuracy 37 % (test 2016: 3.50, 36 %); the
+entropy of single tokens is 5.92. 22 minutes on part of a CPU core. That run was told 3,000 updates until its 833rd.
 """
 
 from tfm.config import Config, DataConfig, OptimizerConfig, TokenizerConfig, TrainingConfig, TransformerConfig
@@ -16,5 +19,5 @@ config = Config(
                     max_length=64),
     optimizer=OptimizerConfig(schedule='linear', learning_rate=2e-3, warmup_steps=300, epsilon=1e-8,
                               label_smoothing=0.0),
-    training=TrainingConfig(steps=3000, log_every=100, validate_every=500, checkpoint_every=500),
+    training=TrainingConfig(steps=1500, log_every=100, validate_every=500, checkpoint_every=500),
 )

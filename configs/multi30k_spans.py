@@ -2,6 +2,9 @@
 
     python train.py configs/multi30k_spans.py --data.root DIR
     tfm evaluate runs/multi30k_spans
+
+Validation nll after 1,500 updates: 1.79 nats a target token, 4.12 a word (43 % of the target are words, the rest sentinels
+and </s>); the entropies of single tokens are 3.27 and 5.40. 6 minutes on a CPU core that other work shared.
 """
 
 from tfm.config import Config, DataConfig, OptimizerConfig, TokenizerConfig, TrainingConfig, TransformerConfig
@@ -16,5 +19,5 @@ config = Config(
                     max_length=64),
     optimizer=OptimizerConfig(schedule='linear', learning_rate=2e-3, warmup_steps=300, epsilon=1e-8,
                               label_smoothing=0.0),
-    training=TrainingConfig(steps=3000, log_every=100, validate_every=500, checkpoint_every=500),
+    training=TrainingConfig(steps=1500, log_every=100, validate_every=500, checkpoint_every=500),
 )

@@ -141,6 +141,9 @@ RULES = [
     *several(DataConfig, [dict(documents='file'), {**TEXT, 'documents': 'file'},
                           {**TEXT, 'corpus': 'huggingface', 'column': 'x', 'documents': 'file', 'packing': 'blocks'}],
              "data.documents='file' needs data.corpus='text' and data.packing='blocks'; choose 'line'"),
+    *[(DataConfig, {**TEXT, 'packing': packing, name: value}, f"data.{name} has no effect with packing='{packing}'")
+      for packing, name, value in (('blocks', 'over_long', 'truncate'), ('blocks', 'buckets', 2),
+                                   ('packed', 'buckets', 2))],
     *several(DataConfig, [dict(packing='packed'), dict(mask_rate=0.3), {**FILES, 'mean_span': 2.0}],
              'data.packing, mask_rate and mean_span have no effect with corpus=.*; leave them out'),
     (DataConfig, dict(max_length=9, tokens_per_batch=8),

@@ -115,7 +115,7 @@ TEXT = {**{f'data.{name}': value for name, value in dict(
     corpus='text', source=None, target=None, limit=None, held_out=None, train='train.en', validation='val.en').items()},
         'training.validation_sentences': 200}
 CAUSAL = {**TEXT, 'model.encoder_layers': 0}
-BLOCKS = {**CAUSAL, 'data.packing': 'blocks', 'data.max_length': 8, 'data.tokens_per_batch': 64}
+BLOCKS = {**CAUSAL, 'data.packing': 'blocks', 'data.buckets': 4, 'data.max_length': 8, 'data.tokens_per_batch': 64}
 SPANS = {**TEXT, 'tokenizer.extra_ids': 20, 'data.mask_rate': 0.5}
 
 # Leaves that mean something only together with another setting: that setting, in both configs compared.
@@ -128,7 +128,7 @@ CONTEXT = {
        for name in ('output_transform', 'token_types', 'pooling', 'pooler', 'num_labels')},
     'tokenizer.joint': {'model.tying': 'target'},
     'data.root': FILES, 'data.train': FILES, 'data.validation': FILES, 'data.test': FILES,
-    'data.over_long': {'data.max_length': 30}, 'data.packing': CAUSAL, 'data.documents': BLOCKS,
+    'data.over_long': {'data.max_length': 30}, 'data.packing': {**CAUSAL, 'data.buckets': 4}, 'data.documents': BLOCKS,
     'data.validation_fraction': {**BLOCKS, 'data.validation': None, 'data.validation_fraction': 0.25},
     'data.column': {**CAUSAL, 'data.corpus': 'huggingface', 'data.column': 'text'},
     'data.mask_rate': SPANS, 'data.mean_span': SPANS, 'tokenizer.extra_ids': SPANS,

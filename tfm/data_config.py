@@ -130,6 +130,9 @@ class DataConfig(Section):
             "data.documents='file' needs data.corpus='text' and data.packing='blocks'; choose 'line'.")
     require(self.monolingual or (self.packing, self.mask_rate, self.mean_span) == ('padded', 0.15, 3.0),
             f"data.packing, mask_rate and mean_span have no effect with corpus='{self.corpus}'; leave them out.")
+    for name, default, packings in (('over_long', 'drop', ('padded', 'packed')), ('buckets', 4, ('padded',))):
+      require(self.packing in packings or getattr(self, name) == default,
+              f"data.{name} has no effect with packing='{self.packing}'; leave it out.")
 
   @property
   def monolingual(self) -> bool:

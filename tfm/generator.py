@@ -181,6 +181,9 @@ class Generator:
              seed: int) -> Iterator[None]:
     """Write until all rows are done; yields after every piece."""
     keys_B = sentence_keys(jax.random.key(seed), np.array([row.index for row in rows]))
+    limit = self.model.config.longest
+    if limit is not None and max(row.prompt for row in rows) + max_new_tokens > limit:
+      log.info('A text that outgrows the %d positions of the model goes on from its last %d tokens.', limit, limit // 2)
     session = None
     while not all(row.done for row in rows):
       if session is None or session.room < 1:
@@ -228,8 +231,6 @@ class _Session:
     self.begin = 0  # how much of every row is forgotten
     if longest >= self.size:
       self.begin = longest - self.size // 2
-      log.info('The text outgrows the %d positions of the model; it goes on from its last %d tokens.', self.size,
-               self.size // 2)
     level = min(len(row.ids) for row in rows) - self.begin
     if level < 1:
       raise GenerationError('Prompts of very different lengths outgrow the positions of the model together; give them '

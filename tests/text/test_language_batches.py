@@ -86,6 +86,7 @@ def test_blocks_of_the_validation_set_follow_each_other():
     labels = np.concatenate([batch.ids_BxT[:, 1:].ravel() for batch in made]) if made else np.zeros(0)
     assert labels[labels != PAD].tolist() == list(range(5, 4 + size))
     assert all(batch.ids_BxT.shape == (4, LENGTH + 1) and batch.ids_BxT.dtype == np.int32 for batch in made)
+    assert all(((batch.ids_BxT[:, 0] != PAD) == (batch.ids_BxT[:, 1] != PAD)).all() for batch in made), 'no idle rows'
 
 
 # -- packed -----------------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(make):
   forward = {step: batches.batch_at(step) for step in sorted(set(steps))}
   for step in steps:
     assert same(batches.batch_at(step), forward[step]) and same(make(3).batch_at(step), forward[step])
-  for other in (make(4), make(-1), make(-2)):
+  for other in (make(4), make(-3), make(-1)):
     assert not all(same(other.batch_at(step), forward[step]) for step in forward)
   assert not all(same(make(-1).batch_at(step), make(-2).batch_at(step)) for step in range(3))
   first, second = epoch_of(batches, 0), epoch_of(batches, 1)

@@ -172,7 +172,7 @@ def test_every_objective_is_learned(of_texts, tmp_path, objective, changes):
   train(config, tmp_path / 'run')
   nll = [record['nll'] for record in records(tmp_path / 'run', 'train')]
   (validation,) = records(tmp_path / 'run', 'validation')
-  assert np.mean(nll[-3:]) < 0.6 * nll[0] and validation['nll'] < 0.6 * nll[0] and validation['accuracy'] > 20
+  assert np.mean(nll[-3:]) < 0.6 * nll[0] and validation['nll'] < 0.6 * nll[0] and validation['accuracy'] > 0.2
   user = tfm.load(tmp_path / 'run')
   batches = build_evaluation_batches(config, build_corpus(config.data).validation(), user.tokenizers)
   assert validation_nll(user.model, user.params, batches) == pytest.approx(validation['nll'], rel=1e-5)

@@ -45,7 +45,7 @@ def text_report(user: Loaded, config: Config, shown: int = 2) -> str:
   batches = build_evaluation_batches(config, texts, user.tokenizers)
   figures = validation_figures(user.model, user.params, batches)
   nll = figures['nll']
-  line = f'nll {nll:.4f} nats a token, perplexity {math.exp(nll):.2f}, accuracy {figures["accuracy"]:.1f} %'
+  line = f'nll {nll:.4f} nats a token, perplexity {math.exp(nll):.2f}, accuracy {100 * figures["accuracy"]:.1f} %'
   if config.objective == 'causal':
     line += f', {bits_a_byte(user, nll, batches):.3f} bits a byte'
   return f'{name} set, {config.objective.replace("_", " ")}:\n  {line}\n{describe_rows(user, batches[0], shown)}'

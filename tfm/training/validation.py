@@ -23,10 +23,10 @@ def _sums(model, params, batch) -> Sums:
 
 
 def validation_figures(model, params, batches: Sequence[Batch]) -> dict[str, float]:
-  """Over all batches, without smoothing or dropout: nll, -log p per label in nats, and accuracy, per cent."""
+  """Over all batches, without smoothing or dropout: nll, -log p per label in nats, and accuracy, from 0 to 1."""
   sums = [jax.device_get(_sums(model, params, jax.device_put(tuple(batch)))) for batch in batches]
   nll, correct, tokens = (sum(float(getattr(s, name)) for s in sums) for name in ('nll', 'correct', 'tokens'))
-  return {'nll': nll / tokens, 'accuracy': 100 * correct / tokens}
+  return {'nll': nll / tokens, 'accuracy': correct / tokens}
 
 
 def validation_nll(model, params, batches: Sequence[Batch]) -> float:
