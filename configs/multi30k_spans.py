@@ -3,8 +3,8 @@
     python train.py configs/multi30k_spans.py --data.root DIR
     tfm evaluate runs/multi30k_spans
 
-Validation nll after 1,500 updates: 1.79 nats a target token, 4.12 a word (43 % of the target are words, the rest sentinels
-and </s>); the entropies of single tokens are 3.27 and 5.40. 6 minutes on a CPU core that other work shared.
+Validation nll after 1,500 updates: 1.79 nats a target token, 4.12 a word (43 % of the target are words, the rest
+sentinels and </s>); the entropies of single tokens are 3.27 and 5.40. 6 minutes on a CPU core that other work shared.
 """
 
 from tfm.config import Config, DataConfig, OptimizerConfig, TokenizerConfig, TrainingConfig, TransformerConfig
