@@ -1,6 +1,7 @@
 """A language model of 6.7 billion parameters, of the shape of Llama 2 7B (Touvron et al. 2023), to plan with.
 
     tfm plan configs/decoder_7b.py --devices 256 --chip v5p --fsdp 256
+    python train.py configs/decoder_7b.py --data.root DIR --mesh.fsdp 256
 
 bfloat16, 4 M tokens a batch in rows of 4,096. It was planned (docs/plan.md), not trained: data.root is yours to set.
 """

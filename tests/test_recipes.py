@@ -46,11 +46,12 @@ def test_it_has_a_command_that_parses(recipe, monkeypatch, tmp_path):
       monkeypatch.setenv(name, value)
     arguments = shlex.split(command['arguments'] or '')
     if command['program'] == 'tfm':
-      # The runs it names are not there: that it says so shows that all else was understood.
+      # What it names is not there: that it says so shows that all else was understood.
       monkeypatch.setattr(sys, 'argv', ['tfm', *arguments])
       with pytest.raises(SystemExit) as ended:
         cli.main()
-      assert str(ended.value.code).startswith('error: There is no folder'), command[0]
+      absent = 'error: There is no folder', 'error: There is no config file'
+      assert str(ended.value.code).startswith(absent), command[0]
     else:
       path = FOLDER.parent / arguments.pop(0) if arguments and arguments[0].endswith('.py') else FOLDER / 'default'
       assert path == recipe or (path.name == 'default' and recipe.stem == 'numbers_en_de'), command[0]
@@ -69,7 +70,8 @@ def test_its_model_builds(recipe):
   params = jax.eval_shape(partial(initialize, model), jax.random.key(0))
   assert layout_of(params) == ('scanned' if config.model.scan_layers else 'unrolled')
   ids_BxT = jax.ShapeDtypeStruct((2, min(12, config.data.max_length)), jnp.int32)
-  logits_BxTxV = jax.eval_shape(model.apply, {'params': params}, ids_BxT, ids_BxT)
+  sides = 2 if config.model.shape == 'encoder_decoder' else 1
+  logits_BxTxV = jax.eval_shape(model.apply, {'params': params}, *[ids_BxT] * sides)
   assert logits_BxTxV.shape == (*ids_BxT.shape, vocabulary) and logits_BxTxV.dtype == jnp.float32
 
 
