@@ -74,4 +74,5 @@ def test_training_commands_are_understood(line, monkeypatch, tmp_path):
     cli.train_main(ROOT / 'configs' / 'numbers_en_de.py', arguments)
   (config, run), = seen
   assert config.data.root == str(tmp_path)
-  assert run == next((a for flag, a in zip(arguments, arguments[1:]) if flag == '--run'), 'runs/multi30k_en_de')
+  assert run == next((a for flag, a in zip(arguments, arguments[1:]) if flag == '--run'),
+                     f'runs/{Path(line.split()[2]).stem}')
