@@ -119,3 +119,17 @@ def test_which_maps_have_a_bias(random_params, biases, names):
   module = MultiHeadAttention(TransformerConfig(d_model=D, num_heads=H, biases=biases))
   params = random_params(module, draw(B, T, D), draw(B, S, D), masks.everything())['params']
   assert {name for name, part in params.items() if 'bias' in part} == names
+
+
+@pytest.mark.parametrize('scale', [1.0, 0.01])
+def test_first_scores_have_the_usual_size_whatever_their_factor(scale):
+  sizes = []
+  for attention_scale in (None, scale):
+    c = TransformerConfig(d_model=64, num_heads=4, attention_scale=attention_scale)
+    attention = MultiHeadAttention(c)
+    x_BxTxD = jax.random.normal(jax.random.key(1), (2, 16, 64))
+    params = attention.init(jax.random.key(0), x_BxTxD, x_BxTxD, masks.everything())
+    _, state = attention.apply(params, x_BxTxD, x_BxTxD, masks.everything(), mutable=['intermediates'],
+                               capture_intermediates=lambda module, _: module.name == 'scores')
+    sizes.append(float(jnp.std(state['intermediates']['scores']['__call__'][0])))
+  assert sizes[1] == pytest.approx(sizes[0], rel=1e-4)

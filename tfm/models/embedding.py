@@ -10,7 +10,8 @@ from tfm.parallel.rules import constrain
 
 
 class Embedding(nn.Module):
-  """A V x D table, N(0, 1/D): rows have length about 1, and about sqrt(D) once scaled by sqrt(D).
+  """A V x D table, N(0, 1/D): rows have length about 1, and about sqrt(D) once scaled by sqrt(D). With `unit` N(0, 1),
+  for logits that are divided by sqrt(D) (T5).
 
   V is `vocab_size` rounded up to a multiple of `vocab_multiple`, so that devices can share the table out. No id is
   ever that of an added row, and its logit is the least number there is.
@@ -20,9 +21,11 @@ class Embedding(nn.Module):
   d_model: int
   dtype: str
   vocab_multiple: int = 1
+  unit: bool = False
 
   def setup(self):
-    table = self.param('table', nn.initializers.normal(self.d_model**-0.5), (self.rows, self.d_model))
+    normal = nn.initializers.normal(1.0 if self.unit else self.d_model**-0.5)
+    table = self.param('table', normal, (self.rows, self.d_model))
     # Gathered along the width before it is used: looking up slices of rows would scatter a batch over all devices.
     self.table = constrain(table, 'vocab', 'embed')
 

@@ -27,7 +27,8 @@ class Ends(nn.Module):
   config: TransformerConfig
 
   def _make_embedding(self, vocab_size: int) -> Embedding:
-    return Embedding(vocab_size, self.config.d_model, self.config.dtype, self.config.vocab_multiple)
+    c = self.config
+    return Embedding(vocab_size, c.d_model, c.dtype, c.vocab_multiple, unit=c.scale_output)
 
   def _make_side(self, side: Side) -> None:
     """All of a side but its embedding, which may be shared; setattr, so that parameters find their names."""

@@ -38,10 +38,14 @@ class MultiHeadAttention(nn.Module):
     c = self.config
     xavier = nn.initializers.xavier_uniform()  # Glorot & Bengio 2010, over the flattened input x output matrix
 
-    def heads(count, width):
-      return nn.DenseGeneral((count, width), use_bias=c.biases in ('qkv', 'all'), dtype=c.dtype, kernel_init=xavier)
+    def heads(count, width, kernel_init=xavier):
+      return nn.DenseGeneral((count, width), use_bias=c.biases in ('qkv', 'all'), dtype=c.dtype,
+                             kernel_init=kernel_init)
 
-    self.query = heads(c.num_heads, c.key_width)
+    # Scores begin at the usual size whatever their factor is, as in T5, whose queries are that much smaller.
+    usual = 1.0 if c.attention_scale is None else 1.0 / (c.attention_scale**2 * c.key_width)
+    self.query = heads(c.num_heads, c.key_width,
+                       xavier if usual == 1.0 else nn.initializers.variance_scaling(usual, 'fan_avg', 'uniform'))
     self.key, self.value = heads(c.key_heads, c.key_width), heads(c.key_heads, c.value_width)
     self.output = nn.DenseGeneral(c.d_model, axis=(-2, -1), use_bias=c.biases == 'all', dtype=c.dtype,
                                   kernel_init=xavier)
