@@ -143,7 +143,9 @@ def of_texts(tiny, tmp_path):
               validation_fraction=0.1)
 
   def make(**changes):
-    return tiny(**{**changes, 'data': {**data, **changes.get('data', {})},
+    own = changes.get('data', {})
+    buckets = 1 if own.get('packing', 'padded') == 'padded' else 4
+    return tiny(**{**changes, 'data': {**data, 'buckets': buckets, **own},
                    'training': {'validation_sentences': 200, **changes.get('training', {})}})
 
   return make

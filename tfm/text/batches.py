@@ -167,7 +167,7 @@ class Batches:
 
   def _require_pairs(self, pairs: Examples) -> None:
     if not len(pairs):
-      raise DataError(f'none of the training {self._noun} has at most data.max_length = {self._data.max_length} '
+      raise DataError(f'no training {self._noun[:-1]} has at most data.max_length = {self._data.max_length} '
                       'tokens; raise it.')
 
   def _plan(self, epoch: int) -> _Plan:
