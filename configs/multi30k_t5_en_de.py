@@ -4,7 +4,8 @@
     tfm evaluate runs/multi30k_t5_en_de
 
 Relative positions, RMSNorm before every sub-layer, no biases, no scale on the scores, GEGLU (T5 1.1), one matrix for
-both embeddings and the output. Sizes, data and schedule are those of configs/multi30k_en_de.py.
+both embeddings and the output. Sizes, data and schedule are those of configs/multi30k_en_de.py. Not
+trained to its end here; configs/numbers_t5.py has the same parts on the embedded corpus.
 """
 
 from tfm.config import (
