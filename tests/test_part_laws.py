@@ -298,7 +298,8 @@ def test_every_parameter_counts_but_for_what_the_softmax_cancels(case):
     if is_idle(case.config, path):
       assert case.config.dtype == 'bfloat16' or np.abs(leaf).max() < 1e-4, path
     else:
-      assert np.abs(leaf).max() > 1e-4, path
+      # Of a router that is sure of itself little is left, but no rounding is in its way.
+      assert np.abs(leaf).max() > (1e-7 if path.endswith('router') else 1e-4), path
 
 
 def test_cached_decoding_equals_teacher_forcing(case):
