@@ -90,10 +90,11 @@ def _train(path: Path, arguments: list[str]) -> None:
   log.info('Training ended at step %d (%s): %s', outcome.step, outcome.reason, outcome.folder)
   if outcome.reason.startswith('SIG') or not outcome.reports:
     return
-  pairs = build_corpus(given.config.data).test()
   if given.config.objective != 'translation':
     print(text_report(load(outcome.folder), given.config))
-  elif pairs is not None:
+    return
+  pairs = build_corpus(given.config.data).test()
+  if pairs is not None:
     translator = load(outcome.folder)
     print(test_report(translator, pairs))
     print(picture(translator, pairs[0][0], outcome.folder / 'attention.png'))

@@ -39,20 +39,19 @@ def evaluate(
     raise UserError('A run folder is named twice; name each once.')
   given = {'--source': source, '--reference': reference, '--beam-size': beam_size, '--length-penalty': length_penalty,
            '--output': output}
-  if RunFolder(runs[0]).read_config().objective == 'translation':
-    return _translators(runs, step, *given.values())
+  config = RunFolder(runs[0]).read_config()
+  if config.objective == 'translation':
+    return _translators(runs, step, config.data, *given.values())
   if unused := [name for name, value in given.items() if value is not None]:
     raise UserError(f'{runs[0]} does not translate, so {" and ".join(unused)} would have no effect; leave '
                     f'{"it" if len(unused) == 1 else "them"} out.')
   return _language_models(runs, step)
 
 
-def _translators(runs, step, source, reference, beam_size, length_penalty, output) -> None:
+def _translators(runs, step, data, source, reference, beam_size, length_penalty, output) -> None:
   from tfm.pipeline import open_run
   from tfm.scores import bleu, chrf, exact_match, paired_bootstrap, tokenized_bleu
-  from tfm.training.run_folder import RunFolder
   from tfm.translator import Translator, one_line
-  data = RunFolder(runs[0]).read_config().data
   sources, references = _sentences(runs[0], data, source, reference)
   systems = {}
   for run in runs:
