@@ -63,10 +63,6 @@ class DecoderOnly(Ends):
     x_RxTxD, steps = self.decoder.step(x_RxTxD, cache.steps, cache.source, cache.index, positions_T, None)
     return self.unembed(x_RxTxD), cache.replace(index=cache.index + tokens_RxT.shape[1], steps=steps)
 
-  def unembed(self, x_BxTxD) -> jax.Array:
-    """Any residual stream to logits, BxTxV: the final norm (not post-norm) and the output matrix."""
-    return self._project(x_BxTxD if self.config.norm == 'post' else self.decoder_norm(x_BxTxD))
-
 
 def positions_in_segments(segments_BxT: jax.Array) -> jax.Array:
   """int32 BxT: how far each position is from the beginning of its segment."""

@@ -54,13 +54,6 @@ class Ends(nn.Module):
       self.bias_V = self.param('output_bias', nn.initializers.zeros_init(), (rows,))
 
   @property
-  def final_norm(self) -> str | None:
-    """The norm before the output projection, or None."""
-    if self.config.norm == 'post':
-      return None
-    return 'encoder_norm' if self.config.shape == 'encoder_only' else 'decoder_norm'
-
-  @property
   def output_table(self) -> str:
     """The entry of the parameter tree that turns states into logits."""
     if self.config.tying in ('none', 'inputs'):
@@ -71,9 +64,13 @@ class Ends(nn.Module):
   def unembed_parameters(self) -> tuple[str, ...]:
     """The entries of the parameter tree that `unembed` reads."""
     c = self.config
-    return (self.output_table, *([self.final_norm] if self.final_norm and c.shape != 'encoder_only' else []),
+    return (self.output_table, *(['decoder_norm'] if c.norm != 'post' and c.shape != 'encoder_only' else []),
             *(['output_transform', 'output_norm'] if c.output_transform else []),
             *(['output_bias'] if c.output_bias else []))
+
+  def unembed(self, x_BxTxD) -> jax.Array:
+    """Any residual stream of the decoder to logits, BxTxV: the final norm (not post-norm) and the output matrix."""
+    return self._project(x_BxTxD if self.config.norm == 'post' else self.decoder_norm(x_BxTxD))
 
   def _project(self, x_BxTxD) -> jax.Array:
     """States, behind their final norm, to logits, BxTxV float32."""

@@ -92,12 +92,6 @@ class EncoderDecoder(Ends):
     x_RxTxD, steps = self.decoder.step(x_RxTxD, cache.steps, cache.source, cache.index, positions_T, memory.mask)
     return self.unembed(x_RxTxD), cache.replace(index=cache.index + tokens_RxT.shape[1], steps=steps)
 
-  # -- the ends -------------------------------------------------------------------------------------------------------
-
-  def unembed(self, x_BxTxD) -> jax.Array:
-    """Any residual stream of the decoder to logits, BxTxV: the final norm (not post-norm) and the output matrix."""
-    return self._project(x_BxTxD if self.config.norm == 'post' else self.decoder_norm(x_BxTxD))
-
   def _decoder_states(self, target_BxT, memory, dropout_key):
     embed_key, stack_key = split(dropout_key, 2)
     positions_T = jnp.arange(target_BxT.shape[1])
