@@ -69,6 +69,12 @@ def test_bootstrap_interval_is_that_of_sacrebleu(score):
   assert score(['q'] * 3, ['ö'] * 3, bootstrap=True).interval == 0
 
 
+def test_a_bootstrap_in_which_some_resamples_have_no_match_at_all():
+  """With seven sentences of which one matches, a third of the resamples score 0."""
+  found = chrf(['q'] * 6 + ['hello'], ['ö'] * 6 + ['hello world'], bootstrap=True)
+  assert 0 < found.value < 100 and 0 < found.interval < 50
+
+
 def test_a_score_prints_itself_with_its_signature():
   assert str(Score('BLEU', 12.345, 'tok:13a')) == 'BLEU 12.35  tok:13a'
   assert str(Score('BLEU', 12.345, 'tok:13a', 1.005)).startswith('BLEU 12.35 +- 1.00  tok')

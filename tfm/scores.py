@@ -35,8 +35,19 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str], bootstrap: bool =
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str], bootstrap: bool = False) -> Score:
   """chrF2 (Popovic 2015)."""
+  return _score('chrF2', _chrf(), hypotheses, references, bootstrap)
+
+
+def _chrf():
   from sacrebleu.metrics import CHRF
-  return _score('chrF2', CHRF(), hypotheses, references, bootstrap)
+
+  class Chrf(CHRF):
+
+    def _compute_f_score(self, statistics) -> float:
+      # 0.0 without a match and a float32 of NumPy with one: `statistics.mean` over resamples of both kinds fails.
+      return float(super()._compute_f_score(statistics))
+
+  return Chrf()
 
 
 def tokenized_bleu(hypotheses: Sequence[str], references: Sequence[str], language: str,
