@@ -439,7 +439,8 @@ TEXT = dict(corpus='text', source=None, target=None, limit=None, held_out=None, 
             validation_fraction=0.125)
 OTHERS = (
     Config(model=TransformerConfig(decoder_layers=0, positions='relative', relative_buckets=8, relative_max_distance=20,
-                                   output_transform=True, token_types=2, pooling='first', pooler=True, num_labels=3),
+                                   output_transform=True, token_types=2, pooling='first', pooler=True, num_labels=3,
+                                   convolution='parallel', kernel_width=9),
            tokenizer=TokenizerConfig(extra_ids=1), data=DataConfig(**TEXT, mask_rate=0.25)),
     Config(model=TransformerConfig(encoder_layers=0),
            data=DataConfig(**TEXT, documents='file', packing='blocks')),

@@ -14,10 +14,12 @@ import pytest
 from tfm.config import (
   Config,
   ConfigError,
+  ConvolutionalConfig,
   DataConfig,
   DecodingConfig,
   MeshConfig,
   OptimizerConfig,
+  RecurrentConfig,
   TokenizerConfig,
   TrainingConfig,
   TransformerConfig,
@@ -26,10 +28,12 @@ from tfm.config import (
   to_json,
 )
 
-RECIPES = sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
+RECIPES = sorted((Path(__file__).parents[1] / 'configs').rglob('*.py'))
 FILES = dict(corpus='files', root='r', train='t', validation='v', limit=None, held_out=None)
 TEXT = {**FILES, 'corpus': 'text', 'source': None, 'target': None}
 SECTIONS = [field.default_factory for field in dataclasses.fields(Config)]
+ANCESTORS = [RecurrentConfig, ConvolutionalConfig]
+"""Whose rules have their examples in tests/models."""
 LEAVES = [(section, field.name) for section in SECTIONS for field in dataclasses.fields(section)]
 
 
@@ -101,6 +105,15 @@ RULES = [
              'experts_per_token and load_balance have no effect without experts; remove them or set experts'),
     *[(TransformerConfig, dict(experts=2, biases=biases), f"biases='{biases}' gives the feed-forward network biases")
       for biases in ('mlp', 'all')],
+    *[(TransformerConfig, dict(encoder_layers=0, convolution=kind),
+       f"convolution='{kind}' acts in the encoder, which a decoder-only model has not; remove it or set encoder_layers")
+      for kind in ('before', 'after', 'parallel')],
+    (TransformerConfig, dict(kernel_width=5), "kernel_width has no effect with convolution='none'; remove it or"),
+    *several(TransformerConfig, [dict(convolution='after', kernel_width=bad) for bad in (-1, 0, 4)],
+             'kernel_width is .*; give an odd number above 0, so that a position is in the middle of what it sees'),
+    *[(TransformerConfig, dict(convolution='conformer', norm=norm),
+       f"convolution='conformer' has its norms where pre-norm has them, .* set norm='pre', not '{norm}'")
+      for norm in ('post', 'sandwich')],
     (TransformerConfig, dict(tying='inputs', encoder_layers=0),
      "tying='inputs' shares two embeddings, but a model that is decoder-only has one"),
     *[(TransformerConfig, {**fields, **stacks}, f'{name} needs an encoder-only model .decoder_layers=0.; remove it')
@@ -220,6 +233,9 @@ RULES = [
     *[(Config, dict(model=TransformerConfig(encoder_layers=0), data=DataConfig(**TEXT),
                     training=TrainingConfig(**training)), 'are about translations, of which there are none here')
       for training in (dict(keep_best_by='bleu'), dict(validation_sentences=9))],
+    *[(Config, dict(model=model(), mesh=MeshConfig(**{axis: 2})),
+       f'mesh.{axis}=2 cuts a Transformer, but the model is {model.kind}; leave it at 1')
+      for model in ANCESTORS for axis in ('tensor', 'context')],
     (Config, dict(model=TransformerConfig(positions='learned', max_positions=255)),
      r'max_positions 255 is below data.max_length 256 \+ model.position_offset 0; raise max_positions or lower'),
 ]
@@ -232,10 +248,10 @@ def test_each_rule_names_the_fields_and_the_fix(section, fields, sentence):
   assert '\n' not in str(raised.value)
 
 
-def trees() -> dict[str, ast.Module]:
+def trees(*more) -> dict[str, ast.Module]:
   """The modules that have sections, by name."""
   return {name: ast.parse(inspect.getsource(sys.modules[name]))
-          for name in sorted({section.__module__ for section in (*SECTIONS, Config)})}
+          for name in sorted({section.__module__ for section in (*SECTIONS, *more, Config)})}
 
 
 def test_no_rule_is_without_an_example(monkeypatch):
@@ -304,12 +320,14 @@ def test_whole_numbers_are_accepted_for_floats():
 def test_a_choice_lists_its_options():
   with pytest.raises(ConfigError, match="norm is 'middle'; choose one of 'post', 'pre'"):
     TransformerConfig(norm='middle')
-  with pytest.raises(ConfigError, match='Config.model is .*give a TransformerConfig'):
+  with pytest.raises(ConfigError, match='Config.model is .*which is not TransformerConfig or RecurrentConfig'):
     Config(model=OptimizerConfig())
+  with pytest.raises(ConfigError, match='Config.data is .*give a DataConfig'):
+    Config(data=OptimizerConfig())
 
 
 def test_frozen():
-  for section in (Config(), *(make() for make in SECTIONS)):
+  for section in (Config(), *(make() for make in SECTIONS + ANCESTORS)):
     with pytest.raises(dataclasses.FrozenInstanceError):
       setattr(section, dataclasses.fields(section)[0].name, None)
   assert hash(Config()) == hash(Config()) and Config() == Config()
@@ -320,7 +338,7 @@ def test_frozen():
 
 @pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_survives_json(recipe, monkeypatch):
-  from tfm.cli import read_recipe
+  from tfm.recipe import read_recipe
   monkeypatch.delenv('TABLE3_ROW', raising=False)
   config, _ = read_recipe(recipe)
   again = from_json(to_json(config))
@@ -330,8 +348,8 @@ def test_a_recipe_survives_json(recipe, monkeypatch):
 def test_json_holds_every_leaf():
   stored = json.loads(to_json(Config()))
   names = {(section, leaf) for section in stored for leaf in stored[section]}
-  assert names == {(field.name, leaf.name) for field in dataclasses.fields(Config)
-                   for leaf in dataclasses.fields(field.default_factory)}
+  assert names == {('model', 'kind')} | {(field.name, leaf.name) for field in dataclasses.fields(Config)
+                                         for leaf in dataclasses.fields(field.default_factory)}
 
 
 @pytest.mark.parametrize(('text', 'sentence'), [
@@ -356,7 +374,7 @@ def test_nearest_names_one_or_nothing():
 
 
 def test_every_leaf_is_documented():
-  classes = (node for tree in trees().values() for node in tree.body if isinstance(node, ast.ClassDef))
+  classes = (node for tree in trees(*ANCESTORS).values() for node in tree.body if isinstance(node, ast.ClassDef))
   for section in (node for node in classes if node.name.endswith('Config')):
     for leaf, after in zip(section.body, section.body[1:]):
       if isinstance(leaf, ast.AnnAssign) and section.name != 'Config':

@@ -58,7 +58,8 @@ LEAVES = {
     'model.rope_original_length': (4000, 'step'), 'model.relative_buckets': (8, 'init'),
     'model.relative_max_distance': (20, 'step'), 'model.feed_forward': ('swiglu', 'init'),
     'model.biases': ('none', 'init'), 'model.experts': (4, 'init'), 'model.experts_per_token': (1, 'step'),
-    'model.load_balance': (0.1, 'step'), 'model.window': (3, 'step'), 'model.attention_scale': (1.0, 'step'),
+    'model.load_balance': (0.1, 'step'), 'model.convolution': ('after', 'init'), 'model.kernel_width': (3, 'init'),
+    'model.window': (3, 'step'), 'model.attention_scale': (1.0, 'step'),
     'model.attention_softcap': (5.0, 'step'), 'model.attention_sinks': (True, 'init'), 'model.tying': ('none', 'init'),
     'model.scale_embeddings': (False, 'step'), 'model.scale_output': (True, 'step'),
     'model.output_bias': (True, 'init'), 'model.output_transform': (True, 'init'), 'model.logit_softcap': (5.0, 'step'),
@@ -124,6 +125,7 @@ CONTEXT = {
     'model.position_offset': LEARNED, 'model.rope_base': ROPE, 'model.rope_scaling': YARN, 'model.rope_factor': YARN,
     'model.rope_original_length': YARN, 'model.relative_buckets': RELATIVE, 'model.relative_max_distance': RELATIVE,
     'model.experts_per_token': EXPERTS, 'model.load_balance': EXPERTS,
+    'model.kernel_width': {'model.convolution': 'parallel'},
     **{f'model.{name}': ENCODER_ONLY
        for name in ('output_transform', 'token_types', 'pooling', 'pooler', 'num_labels')},
     'tokenizer.joint': {'model.tying': 'target'},

@@ -17,12 +17,13 @@ ROOT = Path(tfm.__file__).parent
 FILES = sorted(ROOT.rglob('*.py'))
 
 FLOORS = [
-    {'', 'errors', 'special_ids', 'section', 'config', 'model_config', 'data_config'},
+    {'', 'errors', 'special_ids', 'section', 'config', 'model_section', 'model_config', 'recurrent_config',
+     'convolutional_config', 'data_config'},
     {'attention', 'decoding', 'parallel'},
     {'models', 'text', 'scores'},
     {'analysis', 'interop', 'training', 'translator', 'generator', 'encoder', 'loaded', 'parallel.compile',
      'parallel.estimate', 'parallel.plan'},
-    {'pipeline', 'evaluate', 'cli'},
+    {'pipeline', 'recipe', 'evaluate', 'compare', 'cli'},
 ]
 HEAVY = ('jax', 'flax', 'optax', 'orbax', 'numpy', 'tokenizers', 'sacrebleu', 'num2words', 'tyro', 'tqdm',
          'tensorboardX', 'matplotlib')

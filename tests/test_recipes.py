@@ -14,9 +14,10 @@ from tfm import cli
 from tfm.config import Config, ConfigError
 from tfm.models.build import build_model, initialize
 from tfm.models.layout import layout_of
+from tfm.recipe import read_recipe
 
 FOLDER = Path(__file__).parents[1] / 'configs'
-RECIPES = sorted(FOLDER.glob('*.py'))
+RECIPES = sorted(FOLDER.rglob('*.py'))
 COMMAND = re.compile(r'^ +(?:(?P<variables>(?:\w+=\S+ )*)(?P<program>python train\.py|tfm))(?: (?P<arguments>.*))?$',
                      re.MULTILINE)
 
@@ -25,12 +26,13 @@ each_recipe = pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.s
 
 @pytest.fixture(autouse=True)
 def no_row(monkeypatch):
-  monkeypatch.delenv('TABLE3_ROW', raising=False)
+  for name in ('TABLE3_ROW', 'MODEL'):
+    monkeypatch.delenv(name, raising=False)
 
 
 @each_recipe
 def test_it_has_a_command_that_parses(recipe, monkeypatch, tmp_path):
-  _, docstring = cli.read_recipe(recipe)
+  _, docstring = read_recipe(recipe)
   commands = list(COMMAND.finditer(docstring))
   trained, stop = [], RuntimeError('far enough')
 
@@ -64,7 +66,7 @@ def test_it_has_a_command_that_parses(recipe, monkeypatch, tmp_path):
 
 @each_recipe
 def test_its_model_builds(recipe):
-  config, _ = cli.read_recipe(recipe)
+  config, _ = read_recipe(recipe)
   vocabulary = config.tokenizer.vocab_size or 260
   model = build_model(config.model, vocabulary, vocabulary)
   params = jax.eval_shape(partial(initialize, model), jax.random.key(0))
@@ -78,4 +80,4 @@ def test_its_model_builds(recipe):
 def test_an_unknown_row_of_table_3_names_the_nearest(monkeypatch):
   monkeypatch.setenv('TABLE3_ROW', 'A-h33')
   with pytest.raises(ConfigError, match="'A-h33'.*did you mean 'A-h3?2?'"):
-    cli.read_recipe(FOLDER / 'table3.py')
+    read_recipe(FOLDER / 'table3.py')

@@ -1,9 +1,8 @@
-"""The command line: `train.py`, and `tfm translate | generate | evaluate | average | export | plan`."""
+"""The command line: `train.py`, and `tfm translate | generate | evaluate | average | export | plan | compare`."""
 
 from __future__ import annotations
 
 import codecs
-import importlib.util
 import io
 import logging
 import sys
@@ -15,19 +14,21 @@ from typing import Annotated, Literal, TextIO
 
 import tyro
 
-from tfm.config import Config, ConfigError
+from tfm.compare import compare
+from tfm.config import Config
 from tfm.errors import UserError
 from tfm.evaluate import evaluate
 from tfm.parallel.distributed import Distributed, leave_at_once
+from tfm.recipe import read_recipe
 
 log = logging.getLogger('tfm')
 
 
 def main() -> None:
-  """`tfm`: use a trained run, or plan one."""
+  """`tfm`: use trained runs, compare them, or plan one."""
   commands = {'translate': translate, 'generate': generate, 'evaluate': evaluate, 'average': average, 'export': export,
-              'plan': plan}
-  _run(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog='tfm', description='Use and plan runs.'))
+              'plan': plan, 'compare': compare}
+  _run(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog='tfm', description='Use, compare and plan runs.'))
 
 
 def _run(command: Callable[[], None]) -> None:
@@ -72,8 +73,9 @@ def train_main(default_config: Path, arguments: list[str] | None = None) -> None
 
 def _train(path: Path, arguments: list[str]) -> None:
   config, docstring = read_recipe(path)
+  # The kind of model is the recipe's: its fields are options, the other kinds' are not.
   given = tyro.cli(TrainArguments, default=TrainArguments(config), args=arguments, prog='train.py [CONFIG.py]',
-                   description=docstring)
+                   description=docstring, config=(tyro.conf.AvoidSubcommands,))
   from tfm.pipeline import load
   from tfm.text.corpora import build_corpus
   from tfm.training.compilation_cache import use_compilation_cache
@@ -98,21 +100,6 @@ def _train(path: Path, arguments: list[str]) -> None:
     translator = load(outcome.folder)
     print(test_report(translator, pairs))
     print(picture(translator, pairs[0][0], outcome.folder / 'attention.png'))
-
-
-def read_recipe(path: Path) -> tuple[Config, str]:
-  """The `config` of a recipe file and its docstring."""
-  if not path.is_file():
-    raise ConfigError(f'There is no config file {path}; give one of configs/*.py or your own.')
-  if path.suffix != '.py':
-    raise ConfigError(f'{path} is not a Python file; give one of configs/*.py or your own.')
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = getattr(module, 'config', None)
-  if not isinstance(config, Config):
-    raise ConfigError(f'{path} does not define `config = Config(...)`.')
-  return config, module.__doc__ or ''
 
 
 # -- tfm --------------------------------------------------------------------------------------------------------------

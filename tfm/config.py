@@ -13,9 +13,11 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tfm.convolutional_config import ConvolutionalConfig as ConvolutionalConfig
 from tfm.data_config import DataConfig as DataConfig
 from tfm.data_config import TokenizerConfig as TokenizerConfig
 from tfm.model_config import TransformerConfig as TransformerConfig
+from tfm.recurrent_config import RecurrentConfig as RecurrentConfig
 from tfm.section import ConfigError as ConfigError
 from tfm.section import Section, build, require, require_fraction, require_positive
 from tfm.section import nearest as nearest
@@ -183,7 +185,7 @@ class DecodingConfig(Section):
 class Config(Section):
   """One run."""
 
-  model: TransformerConfig = field(default_factory=TransformerConfig)
+  model: TransformerConfig | RecurrentConfig | ConvolutionalConfig = field(default_factory=TransformerConfig)
   tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
   data: DataConfig = field(default_factory=DataConfig)
   optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -195,6 +197,10 @@ class Config(Section):
     require(self.model.tying != 'all' or self.tokenizer.joint,
             "model.tying='all' shares one matrix between the languages, but tokenizer.joint is False; "
             "set tokenizer.joint=True or model.tying='target'.")
+    for axis in ('tensor', 'context'):
+      require(getattr(self.mesh, axis) == 1 or isinstance(self.model, TransformerConfig),
+              f'mesh.{axis}={getattr(self.mesh, axis)} cuts a Transformer, but the model is {self.model.kind}; leave '
+              'it at 1 and share out the batch by mesh.data or mesh.fsdp.')
     self._check_objective()
     require(self.mesh.context < 2 or self.data.width_multiple % (2 * self.mesh.context) == 0,
             f'mesh.context={self.mesh.context} cuts every sequence into {2 * self.mesh.context} equal parts; set '
@@ -247,7 +253,9 @@ class Config(Section):
 
 
 def to_json(config: Config) -> str:
-  return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
+  tree = dataclasses.asdict(config)
+  tree['model'] = {'kind': config.model.kind, **tree['model']}
+  return json.dumps(tree, indent=2) + '\n'
 
 
 def from_json(text: str) -> Config:

@@ -5,19 +5,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from tfm.section import Section, require, require_fraction, require_positive
+from tfm.model_section import ModelSection, Shape
+from tfm.section import require, require_fraction, require_positive
 
 
 @dataclass(frozen=True)
-class TransformerConfig(Section):
+class TransformerConfig(ModelSection):
   """The Transformer; defaults are the base model of "Attention Is All You Need" (Vaswani et al. 2017, Table 3).
 
   With both stacks it is an encoder-decoder, with `encoder_layers=0` decoder-only (a language model), with
   `decoder_layers=0` encoder-only.
   """
+
+  kind = 'transformer'
 
   encoder_layers: int = 6
   """N of the encoder (section 3.1); 0: there is none, the model is decoder-only."""
@@ -85,6 +89,15 @@ class TransformerConfig(Section):
   weighted by its softmax over all (Switch Transformer, Fedus et al. 2022)."""
   load_balance: float = 0.01
   """Weight of the load-balance loss (Switch Transformer, Fedus et al. 2022, equation 4; taken over each sequence)."""
+
+  convolution: Literal['none', 'before', 'after', 'parallel', 'conformer'] = 'none'
+  """In the encoder's layers, the module of Gulati et al. 2020 (section 2.2; LayerNorm for BatchNorm, whose statistics
+  would make a sentence depend on its batch): before attention, after it, or added to it on the same input (section
+  3.4.2). 'conformer': after it, between two feed-forward networks of half weight, and a norm at the end (section 2.4).
+  Biases as in the feed-forward network."""
+  kernel_width: int = 7
+  """Positions that a convolution sees, as many before its own as behind it, hence odd (section 3.4.5: 32, of frames of
+  speech)."""
 
   window: int | None = None
   """Self-attention sees this many positions, its own included, and no further (Beltagy et al. 2020); None: all."""
@@ -209,6 +222,17 @@ class TransformerConfig(Section):
     require(self.experts == 0 or self.biases in ('qkv', 'none'),
             f"biases='{self.biases}' gives the feed-forward network biases, which experts have not; choose 'qkv' or "
             "'none'.")
+    require(self.convolution == 'none' or self.encoder_layers > 0,
+            f"convolution='{self.convolution}' acts in the encoder, which a decoder-only model has not; remove it or "
+            'set encoder_layers.')
+    require(self.convolution != 'none' or self.kernel_width == 7,
+            "kernel_width has no effect with convolution='none'; remove it or choose a convolution.")
+    require(self.kernel_width > 0 and self.kernel_width % 2 == 1,
+            f'kernel_width is {self.kernel_width}; give an odd number above 0, so that a position is in the middle of '
+            'what it sees.')
+    require(self.convolution != 'conformer' or self.norm == 'pre',
+            f"convolution='conformer' has its norms where pre-norm has them, and one at the end; set norm='pre', not "
+            f"'{self.norm}'.")
 
   def _check_ends(self):
     require(self.tying != 'inputs' or self.shape == 'encoder_decoder',
@@ -220,7 +244,7 @@ class TransformerConfig(Section):
               f'{name} needs an encoder-only model (decoder_layers=0); remove it.')
 
   @property
-  def shape(self) -> Literal['encoder_decoder', 'decoder_only', 'encoder_only']:
+  def shape(self) -> Shape:
     if self.encoder_layers == 0:
       return 'decoder_only'
     return 'encoder_decoder' if self.decoder_layers else 'encoder_only'
@@ -242,6 +266,12 @@ class TransformerConfig(Section):
     return self.feed_forward in ('swiglu', 'geglu', 'geglu_tanh')
 
   @property
-  def longest(self) -> int | None:
-    """Most positions of a sequence; None: no limit."""
-    return None if self.max_positions is None else self.max_positions - self.position_offset
+  def uses_dropout(self) -> bool:
+    return max(self.dropout, self.attention_dropout, self.activation_dropout) > 0
+
+  @property
+  def cross_attention_shape(self) -> tuple[int, int] | None:
+    return (self.decoder_layers, self.num_heads) if self.shape == 'encoder_decoder' else None
+
+  def with_layout(self, scan_layers: bool) -> TransformerConfig:
+    return dataclasses.replace(self, scan_layers=scan_layers)

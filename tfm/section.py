@@ -56,11 +56,23 @@ def build(cls, values: dict[str, Any], where: str):
     require(name in types_, f"{where} has no field '{name}'{nearest(name, types_)}")
   arguments = {}
   for name, value in values.items():
-    if dataclasses.is_dataclass(types_[name]):
-      arguments[name] = build(types_[name], value, f'{where}.{name}')
+    sections = [kind for kind in typing.get_args(types_[name]) or (types_[name],) if dataclasses.is_dataclass(kind)]
+    if sections:
+      arguments[name] = _build_one_of(sections, value, f'{where}.{name}')
     else:
       arguments[name] = _check_type(types_[name], value, f'{where}.{name}')
   return cls(**arguments)
+
+
+def _build_one_of(sections: list, values: Any, where: str):
+  """Of several the one whose `kind` the values name; the first where they name none."""
+  if len(sections) == 1 or not isinstance(values, dict):
+    return build(sections[0], values, where)
+  named = {section.kind: section for section in sections}
+  values = dict(values)
+  kind = values.pop('kind', sections[0].kind)
+  require(kind in named, f'{where}.kind is {kind!r}; choose one of {", ".join(map(repr, named))}.')
+  return build(named[kind], values, where)
 
 
 def _check_type(kind, value, where: str):

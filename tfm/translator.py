@@ -16,9 +16,8 @@ from tfm.config import DecodingConfig
 from tfm.decoding.beam import beam_search
 from tfm.decoding.sampling import sample, sentence_keys
 from tfm.errors import UserError
-from tfm.models.build import with_layout
+from tfm.models.build import Model, with_layout
 from tfm.models.layout import to_layout
-from tfm.models.transformer import EncoderDecoder
 from tfm.special_ids import OURS, SpecialIds
 from tfm.text.tokenizer import Tokenizers
 
@@ -107,7 +106,7 @@ class Translator:
     special: how the model wants its sequences framed.
   """
 
-  def __init__(self, model: EncoderDecoder, params: Any, tokenizers: Tokenizers, decoding: DecodingConfig,
+  def __init__(self, model: Model, params: Any, tokenizers: Tokenizers, decoding: DecodingConfig,
                special: SpecialIds = OURS):
     self.model = with_layout(model, False)
     self.params = jax.tree.map(jnp.asarray, to_layout(params, 'unrolled'))
@@ -152,6 +151,8 @@ class Translator:
     search = self._search(beam_size, num_hypotheses, length_penalty, sampling_temperature, sampling_topk, sampling_topp)
     if not -2**63 <= seed < 2**63:
       raise TranslationError(f'seed is {seed}; give a number of 64 bits.')
+    if return_attention and self.model.config.cross_attention_shape is None:
+      raise TranslationError('return_attention is set, but this model has no attention to its source; leave it out.')
     jobs = self._jobs(sentences, target_prefix, offset)
     empty = Hypothesis('', [], 0.0, 0.0, True, self._no_attention() if return_attention else None)
     found: list[list[Hypothesis]] = [[empty] * num_hypotheses for _ in sentences]
@@ -233,7 +234,7 @@ class Translator:
     return jobs
 
   def _no_attention(self) -> np.ndarray:
-    return np.zeros((self.model.config.decoder_layers, self.model.config.num_heads, 0, 0), np.float32)
+    return np.zeros((*self.model.config.cross_attention_shape, 0, 0), np.float32)
 
   def _limit(self, job: _Job) -> int:
     """Most tokens of a translation, </s> included (section 6.1 of the paper: input length + 50)."""

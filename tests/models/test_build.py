@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tfm.cli import read_recipe
 from tfm.config import TransformerConfig
 from tfm.models.build import build_model, count_parameters, initialize, with_layout
 from tfm.models.layout import to_layout
+from tfm.recipe import read_recipe
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 V = 37_000

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from tfm.config import Config, ConfigError, DataConfig, OptimizerConfig, TokenizerConfig, TransformerConfig
+from tfm.config import (
+    Config,
+    ConfigError,
+    ConvolutionalConfig,
+    DataConfig,
+    OptimizerConfig,
+    RecurrentConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
 from tfm.models.build import build_model, initialize
 from tfm.parallel import rules
 from tfm.parallel.mesh import AXES
@@ -26,7 +35,15 @@ FAMILIES = [
         dict(experts=4, biases='none', feed_forward='swiglu'),
         dict(encoder_layers=0, num_kv_heads=2, biases='all', attention_sinks=True, output_bias=True, qk_norm=True),
         dict(decoder_layers=0, norm='sandwich', positions='relative', token_types=2, output_transform=True, pooler=True,
-             num_labels=3, embedding_norm=True, feed_forward='geglu'))]
+             num_labels=3, embedding_norm=True, feed_forward='geglu'),
+        dict(convolution='conformer', norm='pre'), dict(convolution='parallel'))] + [
+    RecurrentConfig(d_model=16, d_hidden=8, score='general', alignment='local_predictive', attention_window=2,
+                    output_bias=True),
+    RecurrentConfig(d_model=16, d_hidden=8, cell='lstm', decoder_layers=2, readout='tanh', bidirectional=False,
+                    context='every_step'),
+    RecurrentConfig(encoder_layers=0, d_model=16, d_hidden=8, cell='window', order=3),
+    ConvolutionalConfig(encoder_layers=2, decoder_layers=2, d_model=16, d_hidden=8),
+    ConvolutionalConfig(encoder_layers=0, decoder_layers=2, d_model=16, d_hidden=8, weight_norm=False)]
 
 
 def mesh_of(*sizes: int) -> AbstractMesh:
@@ -50,7 +67,8 @@ def test_every_parameter_and_every_moment_is_placed_along_all_that_can_cut_it(fa
   for name, leaf in named_leaves(state).items():
     used = [each for names in placed[name].spec if names for each in np.atleast_1d(names)]
     assert len(used) == len(set(used)) and len(rules.logical_axes(name, leaf.ndim)) == leaf.ndim
-    narrow = 'bias' in rules.logical_axes(name, leaf.ndim)  # heads of an encoder: not worth the communication
+    # Heads of an encoder and filters are not worth the communication; ancestors share out rows alone.
+    narrow = {'bias', 'states', 'kernel_width'} & set(rules.logical_axes(name, leaf.ndim))
     if name.endswith(('kernel', 'embedding/table')) and not narrow:
       assert set(used) == {'fsdp', 'tensor'}, name
     if re.search(r'mlp/(inner|gate|outer)$', name):

@@ -18,7 +18,7 @@ def cross_attention(model, params, source_BxS: jax.Array, target_BxT: jax.Array)
   Row t is the step that *reads* target_BxT[:, t] and predicts the token after it.
 
   Args:
-    model: an `EncoderDecoder`, scanned or unrolled (static).
+    model: an encoder-decoder that attends to its source, scanned or unrolled (static).
     params: in the layout of the model.
     source_BxS, target_BxT: int32 ids; targets begin with <s>.
   """
@@ -37,4 +37,5 @@ def cross_attention(model, params, source_BxS: jax.Array, target_BxT: jax.Array)
 
 
 def _layer_number(path: tuple[str, ...]) -> int:
-  return next(int(part.removeprefix('layers_')) for part in path if part.startswith('layers_'))
+  """0 where there is one attention for all layers, as in a recurrent decoder."""
+  return next((int(part.removeprefix('layers_')) for part in path if part.startswith('layers_')), 0)

@@ -16,7 +16,7 @@ import numpy as np
 from tfm.config import TransformerConfig
 from tfm.errors import UserError
 from tfm.interop.plain_tokenizer import vocabulary, write_plain_tokenizers
-from tfm.interop.release import Release, new_folder
+from tfm.interop.release import Release, new_folder, require_transformer
 from tfm.models.layout import to_layout
 from tfm.models.positions import sinusoidal
 from tfm.special_ids import OURS, UNK
@@ -65,6 +65,7 @@ def write_ctranslate2(release: Release, folder: str | os.PathLike[str],
 
 def require_supported(config: TransformerConfig) -> None:
   """Raise `CTranslate2Error` with every field that CTranslate2 has nothing for."""
+  require_transformer(config, CTranslate2Error, 'CTranslate2')
   c = config
   has = {
       'encoder-only (decoder_layers=0)': c.shape == 'encoder_only',
@@ -74,6 +75,7 @@ def require_supported(config: TransformerConfig) -> None:
       f'attention_softcap={c.attention_softcap}': c.attention_softcap is not None,
       'attention_sinks=True': c.attention_sinks,
       f'experts={c.experts}': c.experts > 0,
+      f"convolution='{c.convolution}'": c.convolution != 'none',
       'qk_norm=True with an encoder': c.qk_norm and c.encoder_layers > 0,
       "positions='alibi' with an encoder": c.positions == 'alibi' and c.encoder_layers > 0,
       "positions='relative' without an encoder": c.positions == 'relative' and c.encoder_layers == 0,

@@ -32,7 +32,7 @@ from tfm.interop.huggingface_weights import (
   to_ours,
   to_theirs,
 )
-from tfm.interop.release import Release, new_folder
+from tfm.interop.release import Release, new_folder, require_transformer
 from tfm.models.build import build_model, initialize
 from tfm.models.layout import to_layout
 from tfm.special_ids import SpecialIds
@@ -114,6 +114,7 @@ def to_huggingface(folder: str | os.PathLike[str], config: TransformerConfig, pa
   Raises:
     HuggingFaceError: no family can be this model (the fields are named), or the parameters are not the config's.
   """
+  require_transformer(config, HuggingFaceError, 'The export to Hugging Face')
   extra = extra or Extra()
   config, leaves, vocab_size = _checked(config, params, vocab_size)
   name = family or extra.config.get('model_type') or _choose(config, leaves)

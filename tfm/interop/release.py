@@ -25,8 +25,9 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 import tfm
-from tfm.config import Config
+from tfm.config import Config, TransformerConfig
 from tfm.errors import UserError
+from tfm.model_section import ModelSection
 from tfm.models.build import Model, build_model, initialize, with_layout
 from tfm.models.layout import to_layout
 from tfm.special_ids import OURS, SpecialIds
@@ -67,6 +68,12 @@ class Release:
               for name, leaf in named_leaves(to_layout(self.params, 'unrolled')).items()}
     _check(self.model, {name: ('F32', array.shape) for name, array in arrays.items()}, 'The parameters')
     return arrays
+
+
+def require_transformer(config: ModelSection, error: type[UserError], format: str) -> None:
+  """Raise `error` unless the model is of the family that other programs have."""
+  if not isinstance(config, TransformerConfig):
+    raise error(f'{format} takes Transformers, but this model is {config.kind}; export it to safetensors.')
 
 
 def is_release(folder: str | os.PathLike[str]) -> bool:

@@ -31,7 +31,7 @@ from tfm.attention.masks import AttentionMask
 from tfm.decoding.cache import Cache
 from tfm.errors import UserError
 from tfm.interop.plain_tokenizer import write_plain_tokenizers
-from tfm.interop.release import Release, fill, new_folder
+from tfm.interop.release import Release, fill, new_folder, require_transformer
 from tfm.models.build import Model
 from tfm.models.multihead import KeysValues
 from tfm.models.transformer import Memory, empty_cache
@@ -62,6 +62,7 @@ def write_stablehlo(release: Release, folder: str | os.PathLike[str], platforms:
     ReleaseError: the folder exists, or the weights are not the model's.
     ModuleNotFoundError: flatbuffers is missing; it comes with the extra `stablehlo`.
   """
+  require_transformer(release.config.model, StableHLOError, 'The export to StableHLO')
   if release.config.model.shape == 'encoder_only':
     raise StableHLOError('An encoder-only model writes no tokens, so it has no step to export; export it to '
                          'safetensors.')

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tfm.config import TransformerConfig
+from tfm.model_section import ModelSection
+from tfm.models.convolutional import ConvolutionalDecoderOnly, ConvolutionalEncoderDecoder
 from tfm.models.decoder_only import DecoderOnly
 from tfm.models.encoder_only import EncoderOnly
+from tfm.models.ends import TokenEnds
 from tfm.models.layout import to_layout
+from tfm.models.recurrent import RecurrentDecoderOnly, RecurrentEncoderDecoder
 from tfm.models.transformer import EncoderDecoder
 
-Model = EncoderDecoder | DecoderOnly | EncoderOnly
+CLASSES: dict[tuple[str, str], type[TokenEnds]] = {
+    ('transformer', 'encoder_decoder'): EncoderDecoder,
+    ('transformer', 'decoder_only'): DecoderOnly,
+    ('transformer', 'encoder_only'): EncoderOnly,
+    ('recurrent', 'encoder_decoder'): RecurrentEncoderDecoder,
+    ('recurrent', 'decoder_only'): RecurrentDecoderOnly,
+    ('convolutional', 'encoder_decoder'): ConvolutionalEncoderDecoder,
+    ('convolutional', 'decoder_only'): ConvolutionalDecoderOnly,
+}
+"""(kind, shape) of a config -> its model."""
+
+Model = TokenEnds
+"""Under the protocol of `tfm.decoding.cache`, with `hidden` and `unembed` for training."""
 
 
-def build_model(config: TransformerConfig, source_vocab_size: int, target_vocab_size: int) -> Model:
-  """The model of `config.shape`; one stack has one vocabulary, that of its own side."""
-  if config.shape == 'encoder_decoder':
-    return EncoderDecoder(config, source_vocab_size, target_vocab_size)
-  return EncoderOnly(config, source_vocab_size) if config.shape == 'encoder_only' else (
-      DecoderOnly(config, target_vocab_size))
+def build_model(config: ModelSection, source_vocab_size: int, target_vocab_size: int) -> Model:
+  """The model of `config`; one stack has one vocabulary, that of its own side."""
+  sizes = {'encoder_decoder': (source_vocab_size, target_vocab_size), 'decoder_only': (target_vocab_size,),
+           'encoder_only': (source_vocab_size,)}[config.shape]
+  return CLASSES[config.kind, config.shape](config, *sizes)
 
 
 def with_layout(model: Model, scan_layers: bool) -> Model:
   """The same model with its layers scanned or unrolled (see `tfm.models.layout` for the parameters)."""
-  return model.clone(config=dataclasses.replace(model.config, scan_layers=scan_layers))
+  return model.clone(config=model.config.with_layout(scan_layers))
 
 
 def initialize(model: Model, key: jax.Array) -> dict[str, Any]:
@@ -36,7 +49,7 @@ def initialize(model: Model, key: jax.Array) -> dict[str, Any]:
   one layer instead of N."""
   scanned = with_layout(model, True)
   ids_BxT = jnp.ones((1, 2), jnp.int32)
-  sides = 2 if isinstance(model, EncoderDecoder) else 1
+  sides = 2 if model.config.shape == 'encoder_decoder' else 1
 
   @partial(jax.jit)
   def init(key):

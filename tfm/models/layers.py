@@ -28,7 +28,7 @@ class Tokens:
   bias: jax.Array | None = None
   """Added to the scores of self-attention, 1xHxTxS (alibi, relative)."""
   real_BxT: jax.Array | None = None
-  """bool: not padding. For what counts tokens (experts)."""
+  """bool: not padding. For what counts tokens (experts) or mixes neighbours (convolution)."""
 
 
 def split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
@@ -49,8 +49,8 @@ class Layer(nn.Module):
       self.self_attention_post_norm, self.mlp_post_norm = make_norm(c), make_norm(c)
     self.resid_pre, self.resid_mid, self.resid_post = Tap(), Tap(), Tap()
 
-  def residual(self, name, x, sublayer, dropout_key):
-    """One sub-layer, called `name`, with its skip connection, norm and dropout.
+  def residual(self, name, x, sublayer, dropout_key, weight=1.0):
+    """One sub-layer, called `name`, with its skip connection, norm and dropout; `weight` is a factor on its output.
 
     post: norm(x + dropout(sublayer(x))), as published. pre: x + dropout(sublayer(norm(x))). sandwich: x +
     dropout(post_norm(sublayer(norm(x)))).
@@ -59,12 +59,14 @@ class Layer(nn.Module):
     y = sublayer(x if c.norm == 'post' else norm(x))
     if c.norm == 'sandwich':
       y = getattr(self, f'{name}_post_norm')(y)
+    if weight != 1.0:
+      y = weight * y
     x = x + dropout(y, c.dropout, dropout_key)
     return constrain(norm(x) if c.norm == 'post' else x, 'batch', 'length', 'embed')
 
-  def feed_forward(self, x, tokens: Tokens, keys):
+  def feed_forward(self, name, x, tokens: Tokens, keys, weight=1.0):
     more = (tokens.real_BxT,) if self.config.experts else ()
-    return self.resid_post(self.residual('mlp', x, lambda y: self.mlp(y, keys[0], *more), keys[1]))
+    return self.residual(name, x, lambda y: getattr(self, name)(y, keys[0], *more), keys[1], weight)
 
 
 class EncoderLayer(Layer):
@@ -72,13 +74,12 @@ class EncoderLayer(Layer):
 
   def __call__(self, x_BxSxD, dropout_key, tokens: Tokens):
     keys = split(dropout_key, 4)
-
-    def attend_self(y):
-      return self.self_attention(y, y, tokens.mask, keys[0], tokens.positions, tokens.bias)
-
     x = self.resid_pre(x_BxSxD)
-    x = self.resid_mid(self.residual('self_attention', x, attend_self, keys[1]))
-    return self.feed_forward(x, tokens, keys[2:]), None
+    x = self.resid_mid(self.residual('self_attention', x, lambda y: self.attend(y, tokens, keys[0]), keys[1]))
+    return self.resid_post(self.feed_forward('mlp', x, tokens, keys[2:])), None
+
+  def attend(self, y, tokens: Tokens, key):
+    return self.self_attention(y, y, tokens.mask, key, tokens.positions, tokens.bias)
 
 
 class DecoderLayer(Layer):
@@ -128,4 +129,4 @@ class DecoderLayer(Layer):
     x = self.resid_mid(self.residual('self_attention', x, lambda y: attend_self(y, keys[0]), keys[1]))
     if self.config.encoder_layers:
       x = self.resid_mid_cross(self.residual('cross_attention', x, lambda y: attend_cross(y, keys[2]), keys[3]))
-    return self.feed_forward(x, tokens, keys[4:])
+    return self.resid_post(self.feed_forward('mlp', x, tokens, keys[4:]))

@@ -9,6 +9,7 @@ from flax.core.scope import DenyList
 
 from tfm.attention.masks import AttentionMask, causal, window
 from tfm.config import TransformerConfig
+from tfm.models.conformer import ConformerLayer, ConvolutionLayer
 from tfm.models.layers import DecoderLayer, EncoderLayer, Tokens, split
 from tfm.models.positions import RelativeBias, alibi, alibi_slopes
 
@@ -59,7 +60,18 @@ class Stack(nn.Module):
       bias = alibi(alibi_slopes(c.num_heads), T, S, first)
     elif c.positions == 'relative':
       bias = self.relative_bias(T, S, first, bidirectional=self.bidirectional)
-    return Tokens(mask, positions if c.positions == 'rope' else None, bias, real_BxT if c.experts else None)
+    counted = c.experts or (self.bidirectional and c.convolution != 'none')
+    return Tokens(mask, positions if c.positions == 'rope' else None, bias, real_BxT if counted else None)
+
+
+def _not_padding(mask: AttentionMask, B: int, S: int) -> jax.Array:
+  """bool BxS: what the mask of an encoder says of its tokens; a convolution can obey nothing else of it."""
+  if mask.causal or mask.window or mask.query_segments_BxT is not None or mask.dense is not None:
+    raise ValueError('A convolution mixes neighbours whatever a causal, window, segment or dense mask forbids; give '
+                     "`encode` a mask of lengths, or a model with convolution='none'.")
+  if mask.lengths_B is None:
+    return jnp.ones((B, S), bool)
+  return jnp.arange(S) < mask.lengths_B[:, None]
 
 
 class EncoderStack(Stack):
@@ -70,14 +82,17 @@ class EncoderStack(Stack):
   def setup(self):
     super().setup()
     c = self.config
-    layer = _with_remat(EncoderLayer, c)
+    kind = {'none': EncoderLayer, 'conformer': ConformerLayer}.get(c.convolution, ConvolutionLayer)
+    layer = _with_remat(kind, c)
     if c.scan_layers:
       self.layers = _scanned(layer, c.encoder_layers, broadcast=1)(c)
     else:
       self.layers = [layer(c) for _ in range(c.encoder_layers)]
 
   def __call__(self, x_BxSxD, mask: AttentionMask, positions, real_BxS=None, dropout_key=None):
-    c, S = self.config, x_BxSxD.shape[1]
+    c, (B, S, _) = self.config, x_BxSxD.shape
+    if c.convolution != 'none':
+      real_BxS = _not_padding(mask, B, S)
     keys, tokens = split(dropout_key, c.encoder_layers), self.tokens(mask, S, S, positions, real_BxS)
     if c.scan_layers:
       return self.layers(x_BxSxD, _stack(keys), tokens)[0]

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from tfm.attention.masks import AttentionMask, causal
-from tfm.config import ConfigError
 from tfm.decoding.cache import Cache
 from tfm.models.ends import Ends
 from tfm.models.layers import split
@@ -36,14 +35,7 @@ class EncoderDecoder(Ends):
 
   def setup(self):
     c = self.config
-    if c.tying in ('inputs', 'all') and self.source_vocab_size != self.target_vocab_size:
-      raise ConfigError(
-          f"model.tying='{c.tying}' needs one vocabulary, but the source has {self.source_vocab_size} ids and the "
-          f"target {self.target_vocab_size}; use a joint tokenizer or tying='target'.")
-    self.target_embedding = self._make_embedding(self.target_vocab_size)
-    if c.tying not in ('inputs', 'all'):
-      self.source_embedding = self._make_embedding(self.source_vocab_size)
-    self._make_output(self.target_vocab_size)
+    self._make_sides(self.source_vocab_size, self.target_vocab_size)
     self._make_side('source')
     self._make_side('target')
     self.encoder, self.decoder = EncoderStack(c), DecoderStack(c)
@@ -69,8 +61,7 @@ class EncoderDecoder(Ends):
     mask = self.padding_mask(source_BxS) if mask is None else mask
     embed_key, stack_key = split(dropout_key, 2)
     positions_S = jnp.arange(source_BxS.shape[1])
-    embedding = self.target_embedding if self.config.tying in ('inputs', 'all') else self.source_embedding
-    x_BxSxD = self._embed('source', embedding, source_BxS, positions_S, embed_key)
+    x_BxSxD = self._embed('source', self.source_table, source_BxS, positions_S, embed_key)
     x_BxSxD = self.encoder(x_BxSxD, mask, positions_S, self.real(source_BxS), stack_key)
     return Memory(x_BxSxD if self.config.norm == 'post' else self.encoder_norm(x_BxSxD), mask)
 

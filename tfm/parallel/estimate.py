@@ -138,10 +138,12 @@ def _exchanges(config: Config, sizes: dict[str, int], own: float, whole: float,
     found.append(Collective('all-reduce', own, copies, 1 if copies == context else fsdp * tensor * context, micro))
   if tensor > 1:
     twice = 2 * micro  # forward and backward
-    found += [Collective('all-reduce', source, tensor, context, twice * 2 * c.encoder_layers),
+    sublayers = 2 + (c.convolution != 'none') + (c.convolution == 'conformer')
+    found += [Collective('all-reduce', source, tensor, context, twice * sublayers * c.encoder_layers),
               Collective('all-reduce', target, tensor, context, twice * (2 * c.decoder_layers + cross))]
   if expert > 1:  # tokens to the experts of the others, and what these made of them back, forward and backward
-    sent = expert * (source * c.encoder_layers + target * c.decoder_layers)
+    networks = (2 if c.convolution == 'conformer' else 1) * c.encoder_layers
+    sent = expert * (source * networks + target * c.decoder_layers)
     found += [Collective(kind, sent, expert, tensor * context, 2 * micro) for kind in ('all-gather', 'reduce-scatter')]
   if context > 1:
     width = item * rows * c.key_heads * (c.key_width + c.value_width) / tensor
@@ -153,7 +155,10 @@ def _exchanges(config: Config, sizes: dict[str, int], own: float, whole: float,
 
 @functools.lru_cache(maxsize=256)
 def residual_bytes(c: TransformerConfig, vocab_size: int, tensor: int, rows: int, S: int, T: int) -> float:
-  """Bytes that the forward pass keeps for the backward pass, of rows x (S + T) tokens on one of `tensor` devices."""
+  """Bytes that the forward pass keeps for the backward pass, of rows x (S + T) tokens on one of `tensor` devices.
+
+  A convolution has d_model channels, all of which are counted, although each device keeps its share only.
+  """
   share = dataclasses.replace(c, num_heads=c.num_heads // tensor, num_kv_heads=c.key_heads // tensor,
                               d_k=c.key_width, d_v=c.value_width, d_ff=c.d_ff // tensor, vocab_multiple=1)
   model = build_model(share, *[-(-vocab_size // tensor)] * 2)

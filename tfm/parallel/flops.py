@@ -11,14 +11,16 @@ from tfm.config import TransformerConfig
 class ModelFlops:
   """FLOPs of the forward pass over a batch, by part; 2 for a multiplication and addition.
 
-  The convention: matrix products only. A causal query is charged for the keys it may see, T (T + 1) / 2 of T x T
-  (MaxText since its PR #1988; nanoGPT's 6N + 12LHQT charges all). Embedding look-ups are not counted, logits are, over
-  the vocabulary without added rows. Padding counts like any token. The backward pass has two products for each one of
-  the forward pass, so a step is 3 x forward; recomputation (`model.remat`) does not count, which makes it MFU, not HFU.
+  The convention: matrix products and convolutions only. A causal query is charged for the keys it may see, T (T + 1) /
+  2 of T x T (MaxText since its PR #1988; nanoGPT's 6N + 12LHQT charges all). Embedding look-ups are not counted,
+  logits are, over the vocabulary without added rows. Padding counts like any token. The backward pass has two products
+  for each one of the forward pass, so a step is 3 x forward; recomputation (`model.remat`) does not count, which makes
+  it MFU, not HFU.
   """
 
   encoder_projections: float
   encoder_attention: float
+  encoder_convolution: float
   encoder_mlp: float
   decoder_projections: float
   """Of self- and cross-attention; the latter's keys and values are of S tokens."""
@@ -56,11 +58,13 @@ def model_flops(config: TransformerConfig, vocab_size: int, rows: int, S: int, T
   queries = c.d_model * heads  # and output
   keys = c.d_model * c.key_heads * (c.key_width + c.value_width)  # and values
   mlp = c.d_model * (c.d_ff * (3 if c.gated else 2) * (c.experts_per_token if c.experts else 1) + c.experts)
+  convolution = c.d_model * (3 * c.d_model + c.kernel_width) if c.convolution != 'none' else 0
   output = c.d_model * (vocab_size + (c.d_model if c.output_transform else 0))
   return ModelFlops(
       encoder_projections=c.encoder_layers * source * (queries + keys),
       encoder_attention=c.encoder_layers * source * _seen(S, c.window, False, halve_causal) * heads,
-      encoder_mlp=c.encoder_layers * source * mlp,
+      encoder_convolution=c.encoder_layers * source * convolution,
+      encoder_mlp=c.encoder_layers * source * mlp * (2 if c.convolution == 'conformer' else 1),
       decoder_projections=c.decoder_layers * target * (queries + keys) + cross * (target * queries + source * keys),
       decoder_attention=c.decoder_layers * target * _seen(T, c.window, True, halve_causal) * heads,
       cross_attention=cross * target * S * heads,

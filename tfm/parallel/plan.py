@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from tfm.config import Config, from_json, require, to_json
+from tfm.config import Config, TransformerConfig, from_json, require, to_json
 from tfm.errors import UserError
 from tfm.models.build import build_model
 from tfm.parallel.chips import Chip, chip_named
@@ -132,6 +132,9 @@ def plan(config: Config, devices: int, chip: str, vocab_size: int | None = None)
     UserError: the chip is not known, or the config does not go with so many devices.
   """
   known = chip_named(chip)
+  require(isinstance(config.model, TransformerConfig),
+          f'A plan is made for Transformers, but the model is {config.model.kind}, which shares out rows alone; try it '
+          'on one device.')
   require(devices > 0, f'{devices} devices cannot train; give 1 or more.')
   vocab_size = vocab_size or config.tokenizer.vocab_size or 260
   config, shape = batch_for(config, devices)

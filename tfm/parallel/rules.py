@@ -24,13 +24,29 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     r'(self|cross)_attention/output/kernel': ('heads', 'head_width', 'embed'),
     r'(self|cross)_attention/output/bias': ('bias',),
     r'(self|cross)_attention/sinks': ('heads',),
-    r'mlp/(inner|gate)/kernel': ('embed', 'mlp'),
-    r'mlp/(inner|gate)/bias': ('mlp',),
-    r'mlp/outer/kernel': ('mlp', 'embed'),
-    r'mlp/outer/bias': ('bias',),
-    r'mlp/router': ('embed', 'bias'),
-    r'mlp/(inner|gate)': ('experts', 'embed', 'mlp'),
-    r'mlp/outer': ('experts', 'mlp', 'embed'),
+    r'(macaron_)?mlp/(inner|gate)/kernel': ('embed', 'mlp'),
+    r'(macaron_)?mlp/(inner|gate)/bias': ('mlp',),
+    r'(macaron_)?mlp/outer/kernel': ('mlp', 'embed'),
+    r'(macaron_)?mlp/outer/bias': ('bias',),
+    r'(macaron_)?mlp/router': ('embed', 'bias'),
+    r'(macaron_)?mlp/(inner|gate)': ('experts', 'embed', 'mlp'),
+    r'(macaron_)?mlp/outer': ('experts', 'mlp', 'embed'),
+    r'convolution/(inner|gate)/kernel': ('embed', 'channels'),
+    r'convolution/depthwise/kernel': ('kernel_width', 'channels'),
+    r'convolution/(inner|gate|depthwise)/bias': ('channels',),
+    r'convolution/outer/kernel': ('channels', 'embed'),
+    r'convolution/outer/bias': ('bias',),
+    r'convolution/kernel': ('kernel_width', 'states', 'states'),
+    r'input_projection/kernel': ('embed', 'states'),
+    r'(encoder|decoder)/output_projection/kernel': ('states', 'embed'),
+    r'query_projection/kernel': ('states', 'embed'),
+    r'cross_attention/output_projection/kernel': ('embed', 'states'),
+    r'(convolution|\w+_projection)/(scale|bias)': ('bias',),
+    r'(forward|backward|(decoder/(layers|bridge)_\d+)|maps)/(kernel|recurrent|context)': ('gates', 'states', 'states'),
+    r'(forward|backward|(decoder/(layers|bridge)_\d+)|maps)/bias': ('gates', 'bias'),
+    r'candidate_bias': ('bias',),
+    r'cross_attention/(score/(query_kernel|key_kernel|weight)|centre/kernel)': ('states', 'states'),
+    r'cross_attention/(score/(bias|output)|centre/output)': ('bias',),
     r'\w*norm/(scale|bias)': ('bias',),
     r'((source|target)_embedding|output)/table': ('vocab', 'embed'),
     r'output_bias': ('vocab',),
@@ -49,14 +65,15 @@ REPLICATED_STATE = r'(^|/)(v|v_row|v_col)/|(^|/)ns_coeffs$'
 MeshAxes = str | tuple[str, ...] | None
 
 PARAMETER_MESH: dict[str, MeshAxes] = {
-    'embed': 'fsdp', 'heads': 'tensor', 'mlp': 'tensor', 'vocab': 'tensor',
-    'experts': 'expert', 'head_width': None, 'positions': None, 'bias': None, 'layers': None,
+    'embed': 'fsdp', 'heads': 'tensor', 'mlp': 'tensor', 'channels': 'tensor', 'vocab': 'tensor',
+    'experts': 'expert', 'head_width': None, 'kernel_width': None, 'positions': None, 'states': None, 'gates': None,
+    'bias': None, 'layers': None,
 }
 """Logical axis of a parameter -> mesh axes; None is not cut. Small vectors ('bias') are worth no communication."""
 
 ACTIVATION_MESH: dict[str, MeshAxes] = {
-    'batch': BATCH_AXES, 'length': 'context', 'heads': 'tensor', 'mlp': 'tensor', 'vocab': 'tensor',
-    'embed': None, 'head_width': None,
+    'batch': BATCH_AXES, 'length': 'context', 'heads': 'tensor', 'mlp': 'tensor', 'channels': 'tensor',
+    'vocab': 'tensor', 'embed': None, 'head_width': None,
 }
 """Logical axis of an activation -> mesh axes."""
 
@@ -122,7 +139,8 @@ def partition(axes: tuple[str, ...], table: Mapping[str, MeshAxes], name: str) -
 _REMEDIES = {
     'vocab': 'set model.vocab_multiple to a multiple of it (the added rows are masked)',
     'heads': 'choose model.num_heads as a multiple of it', 'mlp': 'choose model.d_ff as a multiple of it',
-    'embed': 'choose model.d_model as a multiple of it', 'batch': 'choose data.rows_multiple as a multiple of it',
+    'embed': 'choose model.d_model as a multiple of it', 'channels': 'choose model.d_model as a multiple of it',
+    'batch': 'choose data.rows_multiple as a multiple of it',
     'length': 'choose data.width_multiple as a multiple of it', 'experts': 'choose model.experts as a multiple of it',
 }
 

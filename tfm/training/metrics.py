@@ -42,8 +42,8 @@ class MetricsLog:
       run.path.mkdir(parents=True, exist_ok=True)
       _forget(run.metrics, resume_step)
       _forget(run.timing, resume_step)
-    self._records = [record for record in _read(run.metrics) if record['step'] <= resume_step]
-    earlier = [record for record in _read(run.timing) if record['step'] <= resume_step]
+    self._records = [record for record in read_records(run.metrics) if record['step'] <= resume_step]
+    earlier = [record for record in read_records(run.timing) if record['step'] <= resume_step]
     self._seconds_before = earlier[-1]['seconds'] if earlier else 0.0
     self._started = time.monotonic()
     self._metrics, self._timing = (open(path if writes else os.devnull, 'a', encoding='utf-8')
@@ -140,7 +140,8 @@ def _lines(path: Path) -> list[str]:
   return path.read_bytes().decode('utf-8', errors='replace').splitlines(keepends=True) if path.exists() else []
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
+  """The records of a file of this log; none where there is no file, and without a line that a kill cut short."""
   return [record for record in map(_parse, _lines(path)) if record is not None]
 
 

@@ -23,16 +23,20 @@ from tfm.training.schedule import learning_rate
 GROUPS: dict[tuple[str, ...], str] = {
     ('embed', 'heads', 'head_width'): 'hidden', ('heads', 'head_width', 'embed'): 'hidden',
     ('embed', 'mlp'): 'hidden', ('mlp', 'embed'): 'hidden',
+    ('embed', 'channels'): 'hidden', ('channels', 'embed'): 'hidden',
+    ('kernel_width', 'channels'): 'filter',  # one for each channel, and no matrix between two widths
+    ('kernel_width', 'states', 'states'): 'hidden', ('embed', 'states'): 'hidden', ('states', 'embed'): 'hidden',
+    ('states', 'states'): 'hidden',
     ('embed', 'bias'): 'head',  # router, pooler, classifier, output transform
     ('vocab', 'embed'): 'embedding',
     ('positions', 'embed'): 'table', ('positions', 'heads'): 'table',
-    ('heads', 'head_width'): 'vector', ('heads',): 'vector', ('mlp',): 'vector', ('vocab',): 'vector',
-    ('bias',): 'vector',
+    ('heads', 'head_width'): 'vector', ('heads',): 'vector', ('mlp',): 'vector', ('channels',): 'vector',
+    ('vocab',): 'vector', ('bias',): 'vector', (): 'vector',
 }
-"""Logical axes of a parameter, without those that number layers and experts -> its group."""
+"""Logical axes of a parameter, without those that number layers, experts and gates -> its group."""
 
-DECAYED = {'hidden', 'head', 'embedding'}
-"""Groups that `weight_decay` shrinks: matrices, embeddings among them; no biases, norms, tables of positions."""
+DECAYED = {'hidden', 'filter', 'head', 'embedding'}
+"""Groups that `weight_decay` shrinks: matrices, filters and embeddings; no biases, norms, tables of positions."""
 
 MUON_MOMENTUM = 0.95
 """Jordan 2024, with Nesterov's look-ahead and 5 Newton-Schulz iterations."""
@@ -46,7 +50,7 @@ class Role:
 
   group: str
   batch: int
-  """Axes in front that number separate parameters: layers, experts."""
+  """Axes in front that number separate parameters: layers, experts, gates of a recurrent cell."""
   rows: int
   """How many of the axes after those are the rows of the matrix x W; the rest are its columns."""
 
@@ -63,11 +67,11 @@ def role(path: str, ndim: int) -> Role:
     ConfigError: no rule covers the path, or no group its axes.
   """
   axes = logical_axes(path, ndim)
-  own = tuple(axis for axis in axes if axis not in ('layers', 'experts'))
+  own = tuple(axis for axis in axes if axis not in ('layers', 'experts', 'gates'))
   if own not in GROUPS:
     raise ConfigError(f'{path} has the logical axes {own}, which are in no group of parameters; add them to GROUPS in '
                       'tfm/training/optimizer.py.')
-  return Role(GROUPS[own], len(axes) - len(own), max(len(own) - 1, 1) if own[-1] == 'embed' else 1)
+  return Role(GROUPS[own], len(axes) - len(own), 1 if own[-1:] == ('head_width',) else max(len(own) - 1, 1))
 
 
 def build_optimizer(config: OptimizerConfig, d_model: int, total_steps: int) -> optax.GradientTransformation:

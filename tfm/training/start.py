@@ -194,6 +194,9 @@ def differences(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
   found = []
   for section in dataclasses.fields(Config):
     a, b = getattr(one, section.name), getattr(other, section.name)
+    if type(a) is not type(b):
+      found.append((f'{section.name}.kind', a.kind, b.kind))
+      continue
     found += [(f'{section.name}.{leaf.name}', getattr(a, leaf.name), getattr(b, leaf.name))
               for leaf in dataclasses.fields(a) if getattr(a, leaf.name) != getattr(b, leaf.name)]
   return found

@@ -65,10 +65,9 @@ def build_step(config: Config, model: Model,
   optimizer = build_optimizer(config.optimizer, config.model.d_model, config.training.steps)
   rate = learning_rate(config.optimizer, config.model.d_model, config.training.steps)
   smoothing, micro = config.optimizer.label_smoothing, config.training.accumulate
-  uses_dropout = config.model.dropout or config.model.attention_dropout or config.model.activation_dropout
 
   def loss_of(params, batch, key):
-    sums = batch_sums(model, params, batch, smoothing, key if uses_dropout else None)
+    sums = batch_sums(model, params, batch, smoothing, key if config.model.uses_dropout else None)
     return sums.loss, sums
 
   def gradient_sums(params, batch, key):
