@@ -499,9 +499,8 @@ def documentation() -> dict[str, str]:
   classes = {node.name: node for module in modules for node in ast.parse(inspect.getsource(module)).body
              if isinstance(node, ast.ClassDef)}
   return {f'--{section.name}.{leaf.target.id}'.replace('_', '-'): text.value.value
-          for section in dataclasses.fields(Config)
-          for leaf, text in zip(classes[section.type].body, classes[section.type].body[1:])
-          if isinstance(leaf, ast.AnnAssign)}
+          for section in dataclasses.fields(Config) for body in [classes[section.default_factory.__name__].body]
+          for leaf, text in zip(body, body[1:]) if isinstance(leaf, ast.AnnAssign)}
 
 
 def test_help_documents_every_leaf_and_the_recipe(train):
@@ -520,8 +519,10 @@ def types_of_leaves() -> dict[str, tuple]:
   """For every leaf its types, or what it may be chosen from."""
   found = {}
   for section in dataclasses.fields(Config):
-    for leaf, kind in typing.get_type_hints(section.default_factory).items():
-      found[f'{section.name}.{leaf}'] = typing.get_args(kind) or (kind,)
+    kinds = typing.get_type_hints(section.default_factory)
+    for leaf in dataclasses.fields(section.default_factory):
+      kind = kinds[leaf.name]
+      found[f'{section.name}.{leaf.name}'] = typing.get_args(kind) or (kind,)
   return found
 
 

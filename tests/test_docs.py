@@ -94,7 +94,7 @@ def test_every_part_of_the_model_has_a_row_whose_file_and_name_are_true():
     code = ' '.join(CODE.findall(part))
     named |= set(re.findall(r'\b[a-z]\w+', code))
   choices = {f'{leaf.name}={option!r}' for leaf in fields(TransformerConfig)
-             if leaf.name in ('norm', 'norm_type', 'positions', 'feed_forward', 'biases', 'rope_scaling')
+             if leaf.name in ('norm', 'norm_type', 'positions', 'feed_forward', 'biases', 'rope_scaling', 'convolution')
              for option in get_args(get_type_hints(TransformerConfig)[leaf.name])}
   values = {value for choice in choices for value in [choice.split('=')[1].strip("'")]}
   no_parts = {'d_model', 'd_ff', 'norm_epsilon', 'max_positions', 'rope_factor', 'rope_original_length',

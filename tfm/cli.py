@@ -18,7 +18,7 @@ from tfm.compare import compare
 from tfm.config import Config
 from tfm.errors import UserError
 from tfm.evaluate import evaluate
-from tfm.parallel.distributed import Distributed, leave_at_once
+from tfm.parallel.distributed import Distributed, leave_at_once, part
 from tfm.recipe import read_recipe
 
 log = logging.getLogger('tfm')
@@ -89,6 +89,7 @@ def _train(path: Path, arguments: list[str]) -> None:
   except PeerLost as error:
     print(f'error: {error}', file=sys.stderr, flush=True)
     leave_at_once(1)
+  part()
   log.info('Training ended at step %d (%s): %s', outcome.step, outcome.reason, outcome.folder)
   if outcome.reason.startswith('SIG') or not outcome.reports:
     return

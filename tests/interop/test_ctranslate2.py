@@ -169,6 +169,7 @@ def test_every_kind_of_tokenizer_goes_with_it(make_release, tmp_path):
 
 @pytest.mark.parametrize(('changes', 'fields'), [
     (dict(experts=2, biases='none', window=3), ['window=3', 'experts=2']),
+    (dict(convolution='after'), ["convolution='after'"]),
     (dict(attention_sinks=True, attention_softcap=2.0), ['attention_softcap=2.0', 'attention_sinks=True']),
     (dict(qk_norm=True), ['qk_norm=True with an encoder']),
     (dict(positions='alibi'), ["positions='alibi' with an encoder"]),

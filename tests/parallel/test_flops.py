@@ -23,6 +23,7 @@ def abstract(config, vocab_size):
 @pytest.mark.parametrize('change, V, S, T', [
     (dict(), 500, 48, 32),
     (dict(encoder_layers=2, decoder_layers=1, d_k=16, d_v=48, norm='pre', tying='all'), 300, 16, 80),
+    (dict(norm='pre', convolution='conformer', feed_forward='silu'), 500, 48, 32),
     (dict(encoder_layers=0, num_kv_heads=2, feed_forward='swiglu', norm_type='rms', biases='none'), 500, 0, 48),
     (dict(decoder_layers=0, output_transform=True, feed_forward='gelu_tanh'), 500, 48, 0),
 ])

@@ -175,9 +175,12 @@ def product(x: jax.Array, kernel_PxIxO: jax.Array) -> jax.Array:
   """P matrix products in one, in the type of x: ...xI -> ...x(PO), accumulated and returned in float32."""
   pieces, inputs, outputs = kernel_PxIxO.shape
   kernel = jnp.swapaxes(kernel_PxIxO, 0, 1).reshape(inputs, pieces * outputs).astype(x.dtype)
-  # One matrix of all rows: on CPU a product with two row axes may be done row by row.
-  flat = jnp.matmul(x.reshape(-1, inputs), kernel, preferred_element_type=jnp.float32)
-  return flat.reshape(*x.shape[:-1], pieces * outputs)
+  mesh, rows = jax.sharding.get_abstract_mesh(), x
+  if mesh.empty or mesh.size == 1:
+    # Twice as fast on CPU as two axes of rows. But several devices share out the second of them, the batch, and would
+    # have to gather all of it to make the two one.
+    rows = x.reshape(-1, inputs)
+  return jnp.matmul(rows, kernel, preferred_element_type=jnp.float32).reshape(*x.shape[:-1], pieces * outputs)
 
 
 def choose(where_B: jax.Array, state: State, other: State) -> State:

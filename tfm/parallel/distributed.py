@@ -58,6 +58,16 @@ class Distributed:
              jax.device_count())
 
 
+def part() -> None:
+  """Take leave of the other processes: what one of them does afterwards, by itself, may take as long as it likes.
+
+  At their exit JAX would let them wait for one another, and give up after five minutes.
+  """
+  import jax
+  if jax.distributed.is_initialized():
+    jax.distributed.shutdown()
+
+
 def leave_at_once(status: int) -> None:
   """End this process without the farewell that JAX's exit would wait for, when there is nobody left to give it."""
   logging.shutdown()
