@@ -16,7 +16,7 @@ from tfm.analysis.comparison import (
     scores_by_length,
     sequential_steps,
 )
-from tfm.compare import compare, require_comparable
+from tfm.compare import compare, require_comparable, write_report
 from tfm.config import (
     Config,
     ConfigError,
@@ -40,7 +40,7 @@ from tfm.config import *
 BASE = Config(
     model=TransformerConfig(encoder_layers=1, decoder_layers=1, d_model=16, d_ff=16, num_heads=2),
     tokenizer=TokenizerConfig(kind='char', vocab_size=290),
-    data=DataConfig(limit=400, held_out=12, tokens_per_batch=256, buckets=1, max_length=64),
+    data=DataConfig(limit=40, held_out=8, tokens_per_batch=512, buckets=1, max_length=64),
     optimizer=OptimizerConfig(warmup_steps=4),
     training=TrainingConfig(steps=2, log_every=1, validate_every=2, checkpoint_every=2, validation_sentences=4,
                             samples=1),
@@ -129,6 +129,28 @@ def test_a_recurrent_model_waits_for_every_token():
   assert sequential_steps(ConvolutionalConfig(encoder_layers=3, decoder_layers=4), 10, 7) == 7
 
 
+def made_up(bleu: float, hypotheses: list[str]) -> dict:
+  return {'seed': 0, 'parameters': 1000, 'nll': 1.5, 'accuracy': 0.5, 'bleu': bleu, 'interval': 1.0, 'signature': 's',
+          'tokenized_bleu': None, 'chrf': 30.0, 'exact': 50.0, 'tokens_per_second': 1234.0,
+          'accuracy_by_position': [0.9, 0.8], 'source_lengths': [3, 4, 9, 9], 'hypotheses': hypotheses,
+          'references': ['a b c d', 'e f g h', 'i j k l', 'm n o p']}
+
+
+def test_the_page_has_a_row_for_every_model_and_compares_with_the_best(tmp_path):
+  right, wrong = ['a b c d', 'e f g h', 'i j k l', 'm n o p'], ['a b c d', 'x', 'i j k l', 'y']
+  found = {'worse': [made_up(20.0, wrong)], 'better': [made_up(90.0, right), {**made_up(80.0, right), 'seed': 1}]}
+  page = write_report(found, {'worse': config_of(), 'better': config_of()}, tmp_path)
+  assert '| better | 1,000 | 1.500 (sd 0.000) | 0.500 (sd 0.000) | 85.00 (sd 7.07) +- 1.00 | - |' in page
+  assert '| worse | 1,000 | 1.500 | 0.500 | 20.00 +- 1.00 | - | 30.00 | 50.0 | 1,234 | 2 |' in page
+  lines = page.splitlines()
+  first = lines.index('```') + 1
+  assert lines[first].startswith('better: BLEU') and lines[first + 1].startswith('worse: BLEU')
+  pytest.importorskip('matplotlib')
+  assert {'comparison.md', 'comparison.json', 'costs.png', 'bleu_by_length.png', 'accuracy_by_position.png'} == {
+      path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
 def test_the_command_trains_measures_and_draws(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr('tfm.training.compilation_cache.use_compilation_cache', lambda: None)
