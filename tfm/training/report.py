@@ -64,12 +64,12 @@ def bits_a_byte(user: Generator, nll: float, batches: Sequence[CausalBatch]) -> 
 
 def picture(translator: Translator, sentence: str, path: Path) -> str:
   """Draw the cross-attention of one sentence; says where, or what is missing."""
-  if translator.model.config.cross_attention_shape is None:
-    return 'No picture of the attention: this model has none to its source.'
   try:
     import matplotlib  # noqa: F401
   except ModuleNotFoundError:
     return "No picture of the attention: pip install 'tfm[plot]' brings matplotlib."
+  if translator.model.config.cross_attention_shape is None:
+    return 'No picture of the attention: this model has none to its source.'
   from tfm.analysis.alignment_plot import plot_alignment
   translation, = translator.translate([sentence], return_attention=True)
   plot_alignment(translation).savefig(path, dpi=150)
