@@ -100,9 +100,9 @@ def test_without_an_encoder_a_layer_is_a_gated_convolution_and_a_way_around_it(m
 
 
 def test_the_attention_is_multiplicative_and_takes_several_hops():
-  (spec,) = describe(config_of()).values()
+  (spec,) = describe(ConvolutionalEncoderDecoder(config_of(), 19, 17)).values()
   assert (spec.scoring, spec.alignment, spec.query_multiplicity) == ('multiplicative', 'soft', 'multi_hop')
-  assert describe(config_of(encoder_layers=0)) == {}
+  assert describe(ConvolutionalDecoderOnly(config_of(encoder_layers=0), 17)) == {}
 
 
 def test_patterns_are_read_by_layer_and_leave_padding_out(made, ids):
