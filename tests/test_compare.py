@@ -136,6 +136,12 @@ def made_up(bleu: float, hypotheses: list[str]) -> dict:
           'references': ['a b c d', 'e f g h', 'i j k l', 'm n o p']}
 
 
+def test_where_no_reference_has_four_words_exact_match_is_told_by_length(tmp_path):
+  run = {**made_up(0.0, ['a b', 'x', 'c', 'd']), 'references': ['a b', 'c', 'c', 'd']}
+  page = write_report({'one': [run]}, {'one': config_of()}, tmp_path)
+  assert '## Exact match, per cent, by source length' in page and '+- ' not in page.split('## Exact')[1]
+
+
 def test_the_page_has_a_row_for_every_model_and_compares_with_the_best(tmp_path):
   right, wrong = ['a b c d', 'e f g h', 'i j k l', 'm n o p'], ['a b c d', 'x', 'i j k l', 'y']
   found = {'worse': [made_up(20.0, wrong)], 'better': [made_up(90.0, right), {**made_up(80.0, right), 'seed': 1}]}

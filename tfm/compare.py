@@ -171,6 +171,9 @@ def write_report(found: dict[str, list[dict[str, Any]]], configs: dict[str, Conf
   chain = {name: sequential_steps(configs[name].model, mean, mean) for name in first}
   systems = {name: first[name]['hypotheses'] for name in [best, *(name for name in first if name != best)]}
   config = configs[best]
+  # BLEU counts four words in a row; of references that have fewer it is always 0.
+  counted = 'bleu' if any(len(reference.split()) >= 4 for reference in references) else 'exact'
+  title = {'bleu': 'BLEU', 'exact': 'Exact match, per cent,'}[counted]
   page = [
       f'# {output.name}', '',
       f'{config.training.steps:,} updates of up to {config.data.tokens_per_batch:,} tokens each, beam '
@@ -182,12 +185,12 @@ def write_report(found: dict[str, list[dict[str, Any]]], configs: dict[str, Conf
       'sequential steps |', '|---' * 10 + '|',
       *(_row(name, runs, chain[name]) for name, runs in found.items()), '',
       f'Signature: {first[best]["signature"]}', '',
-      '## BLEU by source length', '', f'| tokens | {" | ".join(f"{low}-{high - 1}" for low, high in groups)} |',
+      f'## {title} by source length', '', f'| tokens | {" | ".join(f"{low}-{high - 1}" for low, high in groups)} |',
       '|---' * (len(groups) + 1) + '|',
-      *(f'| {name} | {" | ".join(_of_group(group) for group in by_length[name])} |' for name in first), '']
+      *(f'| {name} | {" | ".join(_of_group(group, counted) for group in by_length[name])} |' for name in first), '']
   if len(systems) > 1:
     page += ['## Paired bootstrap against the best', '', '```', paired_bootstrap(systems, references), '```', '']
-  page += _draw(first, by_length, chain, output)
+  page += _draw(first, by_length, chain, output, counted)
   text = '\n'.join(page) + '\n'
   output.mkdir(parents=True, exist_ok=True)
   (output / 'comparison.md').write_text(text, encoding='utf-8')
@@ -198,8 +201,8 @@ def write_report(found: dict[str, list[dict[str, Any]]], configs: dict[str, Conf
   return text
 
 
-def _of_group(group: dict[str, float]) -> str:
-  return f'{group["bleu"]:.1f} +- {group["interval"]:.1f}'
+def _of_group(group: dict[str, float], counted: str) -> str:
+  return f'{group[counted]:.1f}' + (f' +- {group["interval"]:.1f}' if counted == 'bleu' else '')
 
 
 def _row(name: str, runs: list[dict[str, Any]], chain: int) -> str:
@@ -217,7 +220,7 @@ def _row(name: str, runs: list[dict[str, Any]], chain: int) -> str:
           f'{chain} |')
 
 
-def _draw(first, by_length, chain, output: Path) -> list[str]:
+def _draw(first, by_length, chain, output: Path, counted: str) -> list[str]:
   """The figures, and the lines of the page that show them; without matplotlib the line that says so."""
   try:
     import matplotlib  # noqa: F401
@@ -227,8 +230,9 @@ def _draw(first, by_length, chain, output: Path) -> list[str]:
   middles = {name: [(group['low'] + group['high']) / 2 for group in groups] for name, groups in by_length.items()}
   starts = {name: POSITIONS[:len(run['accuracy_by_position'])] for name, run in first.items()}
   figures = {
-      'bleu_by_length': plot_lines({name: (middles[name], [group['bleu'] for group in groups])
-                                    for name, groups in by_length.items()}, 'source length, tokens', 'BLEU'),
+      f'{counted}_by_length': plot_lines({name: (middles[name], [group[counted] for group in groups])
+                                          for name, groups in by_length.items()}, 'source length, tokens',
+                                         {'bleu': 'BLEU', 'exact': 'exact match, per cent'}[counted]),
       'accuracy_by_position': plot_lines({name: (starts[name], run['accuracy_by_position'])
                                           for name, run in first.items()},
                                          'place in the target, tokens from its beginning', 'accuracy, teacher forced'),
