@@ -171,7 +171,8 @@ def test_the_command_trains_measures_and_draws(tmp_path, monkeypatch, capsys):
   page = capsys.readouterr().out
   folder = tmp_path / 'runs' / 'small'
   assert (folder / 'comparison.md').read_text() == page.removesuffix('\n') or page.startswith('# small')
-  assert {'transformer-0', 'recurrent-0', 'bleu_by_length.png', 'accuracy_by_position.png', 'costs.png',
+  # Numbers in German are one word.
+  assert {'transformer-0', 'recurrent-0', 'exact_by_length.png', 'accuracy_by_position.png', 'costs.png',
           'comparison.json'} <= {path.name for path in folder.iterdir()}
   kept = json.loads((folder / 'comparison.json').read_text())
   for name in ('transformer', 'recurrent'):

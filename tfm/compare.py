@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from tfm.errors import UserError
 
 if TYPE_CHECKING:
   from tfm.config import Config
+  from tfm.text.corpora import Pair
 
 log = logging.getLogger('tfm')
 
@@ -49,10 +51,11 @@ def compare(
     steps: Instead of training.steps.
     measure_only: Leave out models that are not trained to the end, instead of training them.
   """
+  from tfm.config import ConfigError
   from tfm.recipe import read_comparison
+  from tfm.text.corpora import build_corpus
   from tfm.training.compilation_cache import use_compilation_cache
   from tfm.training.loop import train
-  from tfm.training.run_folder import RunFolder
   use_compilation_cache()
   output = Path('runs', recipe.stem) if output is None else output
   configs = {name: _changed(config, root, steps) for name, config in read_comparison(recipe, only).items()}
@@ -60,6 +63,9 @@ def compare(
   log.info('Parameters: %s', ', '.join(f'{name} {size:,}' for name, size in sizes.items()))
   if len(set(seeds)) < len(seeds) or not seeds:
     raise UserError(f'--seeds are {seeds}; give each number once, and at least one.')
+  pairs = build_corpus(next(iter(configs.values())).data).test()
+  if pairs is None:
+    raise ConfigError(f'{recipe} has no test set; set data.test.')
   found: dict[str, list[dict[str, Any]]] = {}
   for seed in seeds:
     for name, config in configs.items():
@@ -69,10 +75,10 @@ def compare(
         outcome = train(config, str(run))
         if outcome.reason.startswith('SIG'):
           raise UserError(f'Stopped by {outcome.reason} in {run}; give the command again to go on.')
-      elif not RunFolder(run).is_run() or _last_step(run) < config.training.steps:
+      elif not _is_trained(run, config):
         log.warning('%s is not trained to step %d; left out.', run, config.training.steps)
         continue
-      found.setdefault(name, []).append({'seed': seed, 'parameters': sizes[name], **measured(run)})
+      found.setdefault(name, []).append({'seed': seed, 'parameters': sizes[name], **measured(run, pairs)})
   if not found:
     raise UserError(f'No model in {output} is trained to the end; leave out --measure-only to train them.')
   print(write_report(found, configs, output))
@@ -108,33 +114,29 @@ def _changed(config: Config, root: str | None, steps: int | None) -> Config:
   return dataclasses.replace(config, data=data, training=training)
 
 
-def _last_step(run: Path) -> int:
+def _is_trained(run: Path, config: Config) -> bool:
+  from tfm.training.average import run_checkpoints
   from tfm.training.run_folder import RunFolder
-  steps = [int(path.name) for path in RunFolder(run).checkpoints.glob('[0-9]*') if path.name.isdigit()]
-  return max(steps, default=0)
+  folder = RunFolder(run)
+  return folder.is_run() and max(run_checkpoints(folder, config).steps(), default=0) >= config.training.steps
 
 
 # -- measures ---------------------------------------------------------------------------------------------------------
 
 
-def measured(run: Path) -> dict[str, Any]:
-  """All figures of a trained translator on the test set of its config (JSON values)."""
+def measured(run: Path, pairs: Sequence[Pair]) -> dict[str, Any]:
+  """All figures of a trained translator on these pairs (JSON values)."""
   import numpy as np
 
   from tfm.analysis.comparison import accuracy_by_position, forced_tokens
-  from tfm.config import ConfigError
   from tfm.pipeline import load
   from tfm.scores import bleu, chrf, exact_match, tokenized_bleu
-  from tfm.text.corpora import build_corpus
   from tfm.text.objectives import build_evaluation_batches
   from tfm.training.metrics import read_records
   from tfm.training.run_folder import RunFolder
   from tfm.translator import one_line
   folder = RunFolder(run)
-  config, pairs = folder.read_config(), build_corpus(folder.read_config().data).test()
-  if pairs is None:
-    raise ConfigError(f'{run} has no test set; set data.test in the recipe.')
-  translator = load(run)
+  config, translator = folder.read_config(), load(run)
   sources, references = map(list, zip(*pairs))
   found = translator.translate(sources)
   hypotheses = [one_line(translation.text) for translation in found]
@@ -162,7 +164,7 @@ def measured(run: Path) -> dict[str, Any]:
 def write_report(found: dict[str, list[dict[str, Any]]], configs: dict[str, Config], output: Path) -> str:
   """Write comparison.json, comparison.md and the figures; returns the page."""
   from tfm.analysis.comparison import length_groups, scores_by_length, sequential_steps
-  from tfm.scores import paired_bootstrap
+  from tfm.scores import has_4_grams, paired_bootstrap
   first = {name: runs[0] for name, runs in found.items()}
   best = max(first, key=lambda name: first[name]['bleu'])
   references, lengths = first[best]['references'], first[best]['source_lengths']
@@ -171,8 +173,7 @@ def write_report(found: dict[str, list[dict[str, Any]]], configs: dict[str, Conf
   chain = {name: sequential_steps(configs[name].model, mean, mean) for name in first}
   systems = {name: first[name]['hypotheses'] for name in [best, *(name for name in first if name != best)]}
   config = configs[best]
-  # BLEU counts four words in a row; of references that have fewer it is always 0.
-  counted = 'bleu' if any(len(reference.split()) >= 4 for reference in references) else 'exact'
+  counted = 'bleu' if has_4_grams(references) else 'exact'
   title = {'bleu': 'BLEU', 'exact': 'Exact match, per cent,'}[counted]
   page = [
       f'# {output.name}', '',
@@ -190,9 +191,9 @@ def write_report(found: dict[str, list[dict[str, Any]]], configs: dict[str, Conf
       *(f'| {name} | {" | ".join(_of_group(group, counted) for group in by_length[name])} |' for name in first), '']
   if len(systems) > 1:
     page += ['## Paired bootstrap against the best', '', '```', paired_bootstrap(systems, references), '```', '']
+  output.mkdir(parents=True, exist_ok=True)
   page += _draw(first, by_length, chain, output, counted)
   text = '\n'.join(page) + '\n'
-  output.mkdir(parents=True, exist_ok=True)
   (output / 'comparison.md').write_text(text, encoding='utf-8')
   kept = {name: [{key: value for key, value in run.items() if key not in ('hypotheses', 'references')}
                  for run in runs] for name, runs in found.items()}
@@ -237,7 +238,6 @@ def _draw(first, by_length, chain, output: Path, counted: str) -> list[str]:
                                           for name, run in first.items()},
                                          'place in the target, tokens from its beginning', 'accuracy, teacher forced'),
       'costs': plot_costs({name: (run['tokens_per_second'] or 0.0, chain[name]) for name, run in first.items()})}
-  output.mkdir(parents=True, exist_ok=True)
   for name, figure in figures.items():
     figure.savefig(output / f'{name}.png', dpi=130)
   return [line for name in figures for line in (f'![{name.replace("_", " ")}]({name}.png)', '')]

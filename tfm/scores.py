@@ -38,6 +38,11 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str], bootstrap: bool =
   return _score('chrF2', _chrf(), hypotheses, references, bootstrap)
 
 
+def has_4_grams(references: Sequence[str]) -> bool:
+  """Whether BLEU can count: it looks at four words in a row, and is 0 where no reference has as many."""
+  return any(len(reference.split()) >= 4 for reference in references)
+
+
 def _chrf():
   from sacrebleu.metrics import CHRF
 

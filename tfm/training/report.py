@@ -11,7 +11,7 @@ import numpy as np
 from tfm.config import Config
 from tfm.generator import Generator
 from tfm.loaded import Loaded
-from tfm.scores import bleu, chrf, exact_match
+from tfm.scores import bleu, chrf, exact_match, has_4_grams
 from tfm.special_ids import EOS
 from tfm.text.corpora import Pair, build_corpus
 from tfm.text.masking import CausalBatch
@@ -28,12 +28,11 @@ def test_report(translator: Translator, pairs: Sequence[Pair], shown: int = 5) -
   hypotheses = [found.text for found in translator.translate(sources)]
   lines = [f'{source}\n  -> {hypothesis}{"" if hypothesis == reference else f"   (reference: {reference})"}'
            for source, hypothesis, reference in list(zip(sources, hypotheses, references))[:shown]]
-  has_4_grams = any(len(reference.split()) >= 4 for reference in references)
   return '\n'.join([
       f'Test set, {len(pairs):,} sentences, beam {translator.decoding.beam_size}:',
       f'  exact match {exact_match(hypotheses, references):.1f} %',
       f'  {chrf(hypotheses, references, bootstrap=True)}',
-      f'  {bleu(hypotheses, references, bootstrap=True)}' if has_4_grams else
+      f'  {bleu(hypotheses, references, bootstrap=True)}' if has_4_grams(references) else
       '  no BLEU: it counts four words in a row, and no reference has four', *lines])
 
 
