@@ -49,6 +49,7 @@ def test_python_snippets_run_one_after_the_other(there, capsys):
 
 @pytest.mark.parametrize('line', [line for line in SHELL if 'tfm ' in line])
 def test_commands_of_tfm_are_understood(line, monkeypatch, tmp_path):
+  (tmp_path / 'configs').symlink_to(ROOT / 'configs')
   monkeypatch.chdir(tmp_path)
   arguments = shlex.split(line.split('|')[-1])
   monkeypatch.setattr(sys, 'argv', arguments)
