@@ -1,7 +1,14 @@
 """What several tests share."""
 
 import os
+import shutil
 from pathlib import Path
+
+if shutil.which('nvidia-smi') is None:
+  # Most of the suite's time is compilation: with these it takes a third, to code that runs slower. XLA reads them once,
+  # when JAX is imported, here and in the processes that tests start.
+  os.environ['XLA_FLAGS'] = ' '.join(filter(None, [
+      os.environ.get('XLA_FLAGS'), '--xla_backend_optimization_level=0', '--xla_cpu_use_fusion_emitters=false']))
 
 import jax
 import pytest
@@ -9,7 +16,7 @@ import pytest
 # Parity tests compare to 1e-5, so matrix products must not be rounded to TF32 where a GPU is found.
 jax.config.update('jax_default_matmul_precision', 'highest')
 
-# Most of the suite's time is compilation, often of a program that another test, worker or run has compiled already.
+# What another test, worker or run has compiled is not compiled again.
 jax.config.update('jax_compilation_cache_dir', str(Path(__file__).parents[1] / '.pytest_cache' / 'xla'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -51,19 +51,6 @@ LENGTHS_B = np.array([6, 3, 0, 8])
 """Sentence 2 is empty."""
 
 
-@cache
-def known_options() -> dict[str, bool | int]:
-  """What makes XLA compile several times faster, to slower code; other versions of XLA may not know every option."""
-  known = {}
-  for name, value in {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}.items():
-    try:
-      jax.jit(lambda x: x, compiler_options={name: value}).lower(0).compile()
-    except jax.errors.JaxRuntimeError:
-      continue
-    known[name] = value
-  return known
-
-
 @dataclass(frozen=True)
 class Case:
   """One model with random parameters, and what several laws need of it, each compiled once."""
@@ -71,14 +58,10 @@ class Case:
   model: EncoderDecoder
   variables: dict
 
-  def compiled(self, function):
-    # Compiling takes the time here, not running.
-    return jax.jit(function, compiler_options=known_options())
-
   @cached_property
   def forward(self):
     """(source_BxS, target_BxT) -> logits_BxTxV."""
-    return self.compiled(lambda source, target: self.model.apply(self.variables, source, target))
+    return jax.jit(lambda source, target: self.model.apply(self.variables, source, target))
 
   @cached_property
   def start(self):
@@ -86,12 +69,12 @@ class Case:
     def run(source_BxS):
       memory = self.model.apply(self.variables, source_BxS, method='encode')
       return memory, self.model.apply(self.variables, memory, S, 2, method='init_cache')
-    return self.compiled(run)
+    return jax.jit(run)
 
   @cached_property
   def step(self):
     """(tokens_RxT, memory, cache) -> (logits_RxTxV, cache)."""
-    return self.compiled(
+    return jax.jit(
         lambda tokens, memory, cache: self.model.apply(self.variables, tokens, memory, cache, method='step'))
 
   def assert_close(self, actual, expected, tolerance):
@@ -163,7 +146,7 @@ def test_gradients_flow_exactly_from_where_a_word_may_look(case):
       return case.model.apply(case.variables, SOURCE_BxS, TARGET_BxT) @ weights_V
 
   nudges = {'source_embed': jnp.zeros((4, S, D)), 'target_embed': jnp.zeros((4, T, D))}
-  jacobian = case.compiled(jax.jacrev(outputs_BxT))(nudges)
+  jacobian = jax.jit(jax.jacrev(outputs_BxT))(nudges)
   reaches = {name: np.any(np.asarray(x_BxTxBxSxD) != 0, axis=-1) for name, x_BxTxBxSxD in jacobian.items()}
   same_sentence = np.eye(4, dtype=bool)[:, None, :, None]
   real_BxS = np.arange(S) < LENGTHS_B[:, None]

@@ -122,7 +122,6 @@ def test_every_field_is_a_part():
 
 # -- a case -----------------------------------------------------------------------------------------------------------
 
-FAST = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
 KEY = jax.random.key(7)
 
 
@@ -165,7 +164,7 @@ class Case:
             'encoder_only': ('source',)}[self.config.shape]
 
   def run(self, function, *arguments):
-    return jax.jit(function, compiler_options=FAST)(*arguments)
+    return jax.jit(function)(*arguments)
 
   def apply(self, params, *arguments, **more):
     return self.model.apply({'params': params}, *arguments, **more)
@@ -338,7 +337,7 @@ def test_scanned_layers_that_recompute_do_the_same(case):
     return case.loss(model, to_layout(params, 'scanned'), {})
 
   backwards = case.config.dtype == 'float32' and (not case.many or case.config.remat == 'dots')
-  other = jax.jit(jax.value_and_grad(loss) if backwards else loss, compiler_options=FAST)(case.params)
+  other = jax.jit(jax.value_and_grad(loss) if backwards else loss)(case.params)
   case.assert_close(other[0] if backwards else other, value, 1e-4)
   if backwards:
     expected = named_leaves(gradients)
@@ -347,8 +346,7 @@ def test_scanned_layers_that_recompute_do_the_same(case):
 
 
 def test_dropout_is_a_function_of_its_key(case):
-  c, value = case.config, jax.jit(lambda params, key: case.loss(case.model, params, {}, key),
-                                 compiler_options=FAST)
+  c, value = case.config, jax.jit(lambda params, key: case.loss(case.model, params, {}, key))
   first, again, other = (float(value(case.params, key)) for key in (KEY, KEY, jax.random.key(8)))
   assert first == again
   assert (first != other) == (c.dropout + c.attention_dropout + c.activation_dropout > 0)

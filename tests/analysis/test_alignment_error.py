@@ -48,11 +48,6 @@ def make(name):
   return model, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, leaf.dtype), shapes)
 
 
-def quickly(function, *arguments):
-  """Compiled without optimization, which is several times faster for what is called once."""
-  return jax.jit(function, compiler_options={'xla_backend_optimization_level': 0})(*arguments)
-
-
 # -- the rate of error ------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +163,7 @@ def test_shuffled_rows_are_the_same_rows_elsewhere_for_all_heads():
 @cache
 def saliency_of(name):
   model, params = make(name)
-  return np.asarray(quickly(partial(saliency, model), params, SOURCE_BxS, TARGET_BxT))
+  return np.asarray(jax.jit(partial(saliency, model))(params, SOURCE_BxS, TARGET_BxT))
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -197,7 +192,7 @@ def test_saliency_is_the_slope_of_the_log_probability(name):
 
   step = 1e-2
   nudges = step * np.eye(table.shape[1])
-  up, down = quickly(jax.vmap(log_prob), np.concatenate([table[word] + nudges, table[word] - nudges])).reshape(
+  up, down = jax.jit(jax.vmap(log_prob))(np.concatenate([table[word] + nudges, table[word] - nudges])).reshape(
       2, len(nudges), -1)
   slopes = (up - down) / (2 * step)
   np.testing.assert_allclose(saliency_of(name)[0, :, 2], np.linalg.norm(slopes, axis=0), rtol=2e-2, atol=2e-4)
@@ -206,7 +201,7 @@ def test_saliency_is_the_slope_of_the_log_probability(name):
 @pytest.mark.parametrize('name', ['transformer', 'fixed vector'])
 def test_a_sentence_has_the_same_saliency_alone(name):
   model, params = make(name)
-  alone = quickly(partial(saliency, model), params, SOURCE_BxS[1:, :3], TARGET_BxT[1:, :3])
+  alone = jax.jit(partial(saliency, model))(params, SOURCE_BxS[1:, :3], TARGET_BxT[1:, :3])
   np.testing.assert_allclose(saliency_of(name)[1:, :2, :3], alone, rtol=1e-4, atol=1e-6)
 
 
@@ -219,17 +214,17 @@ def test_an_unweighted_mean_is_what_a_model_with_equal_scores_says(name):
     return (model.apply({'params': params}, source_BxS, target_BxT),
             unweighted_mean(model, params, source_BxS, target_BxT))
 
-  weighted, found = map(np.asarray, quickly(both, params, SOURCE_BxS, TARGET_BxT))
+  weighted, found = map(np.asarray, jax.jit(both)(params, SOURCE_BxS, TARGET_BxT))
   assert found.shape == weighted.shape and np.abs(found - weighted).max() > 1e-3
-  _, alone = quickly(both, params, SOURCE_BxS[1:, :3], TARGET_BxT[1:])
+  _, alone = jax.jit(both)(params, SOURCE_BxS[1:, :3], TARGET_BxT[1:])
   np.testing.assert_allclose(found[1:, :3], alone[:, :3], rtol=1e-4, atol=1e-5, err_msg='padding has a weight')
   if name == 'transformer':
     blind = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.zeros_like(leaf) if 'cross_attention' in str(path) and "'query'" in str(path) else leaf,
         params)
-    expected, _ = quickly(both, blind, SOURCE_BxS, TARGET_BxT)
+    expected, _ = jax.jit(both)(blind, SOURCE_BxS, TARGET_BxT)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    patterns = quickly(partial(cross_attention, model), blind, SOURCE_BxS, TARGET_BxT)
+    patterns = jax.jit(partial(cross_attention, model))(blind, SOURCE_BxS, TARGET_BxT)
     np.testing.assert_allclose(patterns[1, :, :, :2, :3], 1 / 3, rtol=1e-5)
 
 

@@ -29,7 +29,6 @@ torch.set_num_threads(1)
 
 V = 97
 LIMIT = 12
-QUICKLY = {'xla_backend_optimization_level': 0}
 
 _DECODER = dict(vocab_size=V, hidden_size=32, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=2, initializer_range=0.2, bos_token_id=1, eos_token_id=[2, 7], pad_token_id=0,
@@ -144,7 +143,7 @@ def test_logits(case, made):
   if found.config.shape == 'encoder_decoder':
     target_BxT, kept = sentences([5, 17, 2, 7], found.special.pad, seed=1)
     inputs = ids_BxS, target_BxT
-  apply = jax.jit(lambda variables, *inputs: ours.apply(variables, *inputs, method=method), compiler_options=QUICKLY)
+  apply = jax.jit(lambda variables, *inputs: ours.apply(variables, *inputs, method=method))
   our = np.asarray(apply(variables, *inputs))[kept]
   their = their_logits(model, ids_BxS, is_real_BxS, *inputs[1:])[kept]
   print(f'largest difference {np.abs(our - their).max():.1e} of {np.abs(their).max():.1f}')
@@ -175,7 +174,7 @@ def test_greedy_search(case, made):
 
     return greedy_search(step, cache, limits_B, length, forced_BxP, forced_B, special, first_B)
 
-  found = jax.device_get(jax.jit(search, compiler_options=QUICKLY)(variables))
+  found = jax.device_get(jax.jit(search)(variables))
   written = set()
   for b, prompt in enumerate(lengths):  # one by one: transformers would want its padding on the left
     theirs = model.generate(

@@ -12,24 +12,6 @@ import pytest
 from tfm.config import TransformerConfig
 from tfm.models.build import build_model, initialize
 
-
-def _known_options() -> dict[str, bool | int]:
-  known = {}
-  for name, value in {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}.items():
-    try:
-      jax.jit(lambda x: x, compiler_options={name: value}).lower(0).compile()
-    except jax.errors.JaxRuntimeError:
-      continue  # another version of XLA
-    known[name] = value
-  return known
-
-
-@pytest.fixture(scope='session')
-def quick():
-  """`jax.jit` that compiles several times faster, to code that runs slower: right for functions called once."""
-  return partial(jax.jit, compiler_options=_known_options())
-
-
 TINY = dict(encoder_layers=2, decoder_layers=2, d_model=16, d_ff=24, num_heads=2, dropout=0.0)
 
 

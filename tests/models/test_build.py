@@ -87,9 +87,9 @@ KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope='module')
-def start(quick):
+def start():
   """key -> parameters, compiled once."""
-  return quick(partial(initialize, build_model(CONFIG, 50, 60)))
+  return jax.jit(partial(initialize, build_model(CONFIG, 50, 60)))
 
 
 @pytest.fixture(scope='module')
@@ -139,9 +139,9 @@ def test_norms_begin_as_the_identity_and_biases_at_zero(fresh):
   assert (ones, zeros) == (5 + 2, 5 + 2 + 4)
 
 
-def test_the_first_values_do_not_depend_on_how_the_model_is_computed(quick, fresh):
+def test_the_first_values_do_not_depend_on_how_the_model_is_computed(fresh):
   config = replace(CONFIG, scan_layers=False, dtype='bfloat16', remat='full')
-  params = quick(partial(initialize, build_model(config, 50, 60)))(KEY)
+  params = jax.jit(partial(initialize, build_model(config, 50, 60)))(KEY)
   jax.tree.map(np.testing.assert_array_equal, to_layout(params, 'scanned'), fresh)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
 

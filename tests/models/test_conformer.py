@@ -77,30 +77,30 @@ def convolved(params, x_BxSxD, real_BxS=REAL_BxS):
 
 @pytest.mark.parametrize('biases', ['mlp', 'none'])
 @pytest.mark.parametrize('width', [1, 3, 7, 21])
-def test_the_depthwise_convolution_is_the_direct_sum(random_params, quick, width, biases):
+def test_the_depthwise_convolution_is_the_direct_sum(random_params, width, biases):
   """Also of a kernel that is wider than the sentence."""
   module = Depthwise(config_of(kernel_width=width, biases=biases))
   variables = random_params(module, X_BxSxD)
   expected = direct_sum(variables['params'], X_BxSxD)
-  np.testing.assert_allclose(quick(module.apply)(variables, X_BxSxD), expected, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(module.apply)(variables, X_BxSxD), expected, atol=1e-6)
   assert {name: leaf.shape for name, leaf in variables['params'].items()} == {
       'kernel': (width, D), **({'bias': (D,)} if biases == 'mlp' else {})}
 
 
 @pytest.mark.parametrize('biases, norm_type', [('mlp', 'layer'), ('all', 'layer'), ('qkv', 'rms'), ('none', 'rms')])
-def test_the_module_is_that_of_the_paper(random_params, quick, biases, norm_type):
+def test_the_module_is_that_of_the_paper(random_params, biases, norm_type):
   module = Convolution(config_of(biases=biases, norm_type=norm_type))
   variables = random_params(module, X_BxSxD, REAL_BxS)
-  np.testing.assert_allclose(quick(module.apply)(variables, X_BxSxD, REAL_BxS), convolved(variables['params'], X_BxSxD),
-                             atol=1e-5)
+  found = jax.jit(module.apply)(variables, X_BxSxD, REAL_BxS)
+  np.testing.assert_allclose(found, convolved(variables['params'], X_BxSxD), atol=1e-5)
   has_bias = {name for name in variables['params'] if 'bias' in variables['params'][name]}
   linear = {'inner', 'gate', 'outer', 'depthwise'}
   assert has_bias - {'norm'} == (linear if biases in ('mlp', 'all') else set())
 
 
-def test_it_begins_by_glorots_rule(quick):
+def test_it_begins_by_glorots_rule():
   module = Convolution(config_of(d_model=256, kernel_width=31))
-  params = quick(module.init)(jax.random.key(0), jnp.zeros((1, 1, 256)), jnp.ones((1, 1), bool))['params']
+  params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1, 256)), jnp.ones((1, 1), bool))['params']
   for name, bound in (('inner', (6 / 512)**0.5), ('gate', (6 / 512)**0.5), ('outer', (6 / 512)**0.5),
                       ('depthwise', (6 / 62)**0.5)):
     assert 0.99 * bound < jnp.abs(params[name]['kernel']).max() <= bound
@@ -108,12 +108,12 @@ def test_it_begins_by_glorots_rule(quick):
 
 
 @pytest.mark.parametrize('width', [1, 3, 5])
-def test_a_position_sees_its_kernel_and_nothing_beyond_and_no_padding(random_params, quick, width):
+def test_a_position_sees_its_kernel_and_nothing_beyond_and_no_padding(random_params, width):
   """d y[s] / d x[r] is exactly 0 where |s - r| exceeds half the kernel, and where r is padding."""
   module = Convolution(config_of(kernel_width=width))
   variables = random_params(module, X_BxSxD, REAL_BxS)
   weights_D = jnp.asarray(np.random.default_rng(1).standard_normal(D), jnp.float32)
-  slope_BxSxBxSxD = quick(jax.jacrev(lambda x: module.apply(variables, x, REAL_BxS) @ weights_D))(X_BxSxD)
+  slope_BxSxBxSxD = jax.jit(jax.jacrev(lambda x: module.apply(variables, x, REAL_BxS) @ weights_D))(X_BxSxD)
   near_SxS = np.abs(np.subtract.outer(np.arange(S), np.arange(S))) <= width // 2
   expected = np.eye(B, dtype=bool)[:, None, :, None] & near_SxS[None, :, None, :] & REAL_BxS[None, None]
   np.testing.assert_array_equal(np.any(np.asarray(slope_BxSxBxSxD) != 0, axis=-1), expected)
@@ -123,18 +123,18 @@ def test_a_position_sees_its_kernel_and_nothing_beyond_and_no_padding(random_par
 
 
 @each_variant
-def test_the_sublayers_follow_each_other_as_the_variant_says(random_params, quick, kind, norm):
+def test_the_sublayers_follow_each_other_as_the_variant_says(random_params, kind, norm):
   """The equation of the block, from its parameters; attention and feed-forward network have tests of their own."""
   layer = (ConformerLayer if kind == 'conformer' else ConvolutionLayer)(config_of(convolution=kind, norm=norm))
   variables = random_params(layer, X_BxSxD, None, TOKENS)
   params, config = variables['params'], layer.config
 
   def attend(y):
-    return np.asarray(quick(lambda y: MultiHeadAttention(config).apply(
+    return np.asarray(jax.jit(lambda y: MultiHeadAttention(config).apply(
         {'params': params['self_attention']}, y, y, TOKENS.mask))(jnp.asarray(y, jnp.float32)))
 
   def feed(name, y):
-    return np.asarray(quick(lambda y: FeedForward(config).apply({'params': params[name]}, y))(
+    return np.asarray(jax.jit(lambda y: FeedForward(config).apply({'params': params[name]}, y))(
         jnp.asarray(y, jnp.float32)))
 
   def sublayer(name, x, function, weight=1.0):
@@ -157,7 +157,7 @@ def test_the_sublayers_follow_each_other_as_the_variant_says(random_params, quic
   x = np.asarray(X_BxSxD, np.float64)
   for step in order:
     x = steps[step](x)
-  np.testing.assert_allclose(quick(lambda: layer.apply(variables, X_BxSxD, None, TOKENS)[0])(), x, atol=2e-5)
+  np.testing.assert_allclose(jax.jit(lambda: layer.apply(variables, X_BxSxD, None, TOKENS)[0])(), x, atol=2e-5)
   named = {'self_attention', 'mlp', *['convolution'] * (kind != 'parallel'), *['macaron_mlp'] * (kind == 'conformer')}
   assert set(params) == {'convolution', *named, *(f'{name}_norm' for name in named),
                          *(f'{name}_post_norm' for name in named if norm == 'sandwich'),
@@ -180,13 +180,13 @@ def drawn(tiny, kind, norm, **more):
 
 
 @each_variant
-def test_padding_and_company_change_nothing(tiny, ids, quick, kind, norm):
+def test_padding_and_company_change_nothing(tiny, ids, kind, norm):
   """A sentence alone, in a batch, behind more padding, in another row: the same to the last bits of float32."""
   model, variables = drawn(tiny, kind, norm, scan_layers=True)
   ids_BxS = ids[0]
   wider_BxS, changed_BxS = jnp.pad(ids_BxS, ((0, 0), (0, 7))), ids_BxS.at[1, 1].set(11)
   batches = ids_BxS[1:2, :3], jnp.concatenate([ids_BxS, ids_BxS[::-1], changed_BxS]), wider_BxS
-  alone, several, wider = quick(lambda: [model.apply(variables, each) for each in batches])()
+  alone, several, wider = jax.jit(lambda: [model.apply(variables, each) for each in batches])()
   whole, turned, changed = np.split(several, 3)
   assert np.isfinite(wider).all()
   for other in (whole, wider, turned):
@@ -196,11 +196,11 @@ def test_padding_and_company_change_nothing(tiny, ids, quick, kind, norm):
 
 
 @pytest.mark.parametrize('kind, norm', [('conformer', 'pre'), ('parallel', 'post')])
-def test_the_mask_given_to_encode_is_what_counts(tiny, ids, quick, kind, norm):
+def test_the_mask_given_to_encode_is_what_counts(tiny, ids, kind, norm):
   model, variables = drawn(tiny, kind, norm, decoder_layers=1, encoder_layers=1)
   encode = partial(model.apply, variables, method='encode')
 
-  @quick
+  @jax.jit
   def states():
     return [memory.states_BxSxD for memory in (
         encode(ids[0][:1], masks.lengths(jnp.array([4]))), encode(ids[0][:1, :4]), encode(ids[0][1:2]),
@@ -214,16 +214,16 @@ def test_the_mask_given_to_encode_is_what_counts(tiny, ids, quick, kind, norm):
       jax.eval_shape(lambda mask=mask: encode(ids[0], mask))
 
 
-def test_a_vocabulary_without_padding_has_none(tiny, ids, quick):
+def test_a_vocabulary_without_padding_has_none(tiny, ids):
   model, variables = drawn(tiny, 'before', 'sandwich', pad_id=None, encoder_layers=1)
-  short, whole = quick(lambda: [model.apply(variables, ids[0][1:2, :width]) for width in (3, 6)])()
+  short, whole = jax.jit(lambda: [model.apply(variables, ids[0][1:2, :width]) for width in (3, 6)])()
   assert np.abs(short - whole[:, :3]).max() > 1e-3
 
 
 RATES = dict(dropout=0.2, attention_dropout=0.3, activation_dropout=0.4)
 
 
-def loss_and_gradients(quick, model, ids, params):
+def loss_and_gradients(model, ids, params):
   """A loss with dropout and its gradients, for parameters in the unrolled layout."""
   layout = 'scanned' if model.config.scan_layers else 'unrolled'
 
@@ -231,24 +231,24 @@ def loss_and_gradients(quick, model, ids, params):
     logits_BxTxV = model.apply({'params': to_layout(params, layout)}, ids[0], dropout_key=key)
     return jnp.sum(jax.nn.log_softmax(logits_BxTxV)[..., 5])
 
-  return jax.device_get(quick(jax.value_and_grad(loss))(params, jax.random.key(3)))
+  return jax.device_get(jax.jit(jax.value_and_grad(loss))(params, jax.random.key(3)))
 
 
 @pytest.mark.parametrize('kind, norm, remat', [('before', 'post', 'none'), ('after', 'sandwich', 'full'),
                                                ('parallel', 'pre', 'dots'), ('conformer', 'pre', 'full')])
-def test_scanning_and_recomputing_change_nothing_and_every_parameter_counts(tiny, ids, quick, kind, norm, remat):
+def test_scanning_and_recomputing_change_nothing_and_every_parameter_counts(tiny, ids, kind, norm, remat):
   params = drawn(tiny, kind, norm)[1]['params']
-  value, gradients = loss_and_gradients(quick, drawn(tiny, kind, norm, **RATES)[0], ids, params)
+  value, gradients = loss_and_gradients(drawn(tiny, kind, norm, **RATES)[0], ids, params)
   for path, leaf in named_leaves(gradients).items():
     assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-4, path
   model, _ = drawn(tiny, kind, norm, **RATES, scan_layers=True, remat=remat)
-  other_value, other = loss_and_gradients(quick, model, ids, params)
+  other_value, other = loss_and_gradients(model, ids, params)
   np.testing.assert_allclose(other_value, value, rtol=1e-6)
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=5e-6), other, gradients)
 
 
 @pytest.mark.parametrize('kind, dropouts', [('before', 3), ('after', 3), ('parallel', 2), ('conformer', 4)])
-def test_no_two_places_share_a_dropout_key(tiny, ids, quick, monkeypatch, kind, dropouts):
+def test_no_two_places_share_a_dropout_key(tiny, ids, monkeypatch, kind, dropouts):
   """And each sub-layer has one, the convolution too."""
   model, variables = drawn(tiny, kind, 'pre', **RATES)
   sites = []
@@ -259,7 +259,7 @@ def test_no_two_places_share_a_dropout_key(tiny, ids, quick, monkeypatch, kind, 
 
   monkeypatch.setattr('tfm.models.dropout.keep_mask', record)
 
-  @quick
+  @jax.jit
   def keys(key):
     sites.clear()
     model.apply(variables, ids[0], dropout_key=key)
@@ -277,7 +277,7 @@ def test_no_two_places_share_a_dropout_key(tiny, ids, quick, monkeypatch, kind, 
     ('after', ['resid_pre', 'resid_mid', 'resid_mid_conv', 'resid_post']),
     ('parallel', ['resid_pre', 'resid_mid', 'resid_post']),
     ('conformer', ['resid_pre', 'resid_mid_macaron', 'resid_mid', 'resid_mid_conv', 'resid_post'])])
-def test_every_named_value_can_be_read_and_is_what_its_name_promises(tiny, ids, quick, kind, stream):
+def test_every_named_value_can_be_read_and_is_what_its_name_promises(tiny, ids, kind, stream):
   def read(model, variables):
     _, found = model.apply(variables, ids[0], mutable=['intermediates'],
                            capture_intermediates=lambda module, method: method == '__call__' and isinstance(
@@ -297,7 +297,7 @@ def test_every_named_value_can_be_read_and_is_what_its_name_promises(tiny, ids, 
     assert {path: shape for path, shape in shapes.items() if path not in attention} == {
         'source_embed': (3, 6, D), **{f'encoder/{layer}/{name}': (*count, 3, 6, *size)
                                       for layer in layers for name, size in sizes.items()}}
-  found = quick(partial(read, model))(variables)
+  found = jax.jit(partial(read, model))(variables)
   of = lambda name: np.asarray(found[f'encoder/layers_0/{name}'])  # noqa: E731
   assert (of('convolution/gated')[1, 3:] == 0).all() and (of('convolution/gated')[1, :3] != 0).any()
   np.testing.assert_allclose(of('resid_pre'), found['source_embed'], atol=1e-6)
@@ -307,10 +307,10 @@ def test_every_named_value_can_be_read_and_is_what_its_name_promises(tiny, ids, 
     np.testing.assert_allclose(of('resid_mid_conv') - before, of('convolution'), atol=1e-5)
 
 
-def test_cached_decoding_equals_teacher_forcing(tiny, ids, quick):
+def test_cached_decoding_equals_teacher_forcing(tiny, ids):
   model, variables = drawn(tiny, 'conformer', 'pre', encoder_layers=1, decoder_layers=1)
 
-  @quick
+  @jax.jit
   def both(source_BxS, target_BxT):
     memory = model.apply(variables, source_BxS, method='encode')
     cache, logits = model.apply(variables, memory, 5, method='init_cache'), []

@@ -56,7 +56,7 @@ def made_alone(random_params, ids):
 # -- the parts --------------------------------------------------------------------------------------------------------
 
 
-def test_a_decoder_layer_is_that_of_the_paper(random_params, quick):
+def test_a_decoder_layer_is_that_of_the_paper(random_params):
   """Section 3.2 to 3.4 in numpy: GLU, a way around, attention by z to z + e, and the scales that keep the variance."""
   random = np.random.default_rng(0)
   x_BxTxF, g_BxTxD, z_BxSxD, e_BxSxD = (random.standard_normal(shape).astype(np.float32) for shape in (
@@ -80,7 +80,7 @@ def test_a_decoder_layer_is_that_of_the_paper(random_params, quick):
     return x @ kernel + bias
 
   kernel, bias = weights('convolution')
-  found = quick(layer.apply)(variables, x_BxTxF, g_BxTxD, attended, None, None)
+  found = jax.jit(layer.apply)(variables, x_BxTxF, g_BxTxD, attended, None, None)
   for b, t in itertools.product(range(2), range(5)):
     y = bias + sum(x_BxTxF[b, s] @ kernel[i] for i, s in enumerate((t - 4, t - 2, t)) if s >= 0)
     h = y[:12] / (1 + np.exp(-y[12:]))
@@ -119,9 +119,9 @@ def test_patterns_are_read_by_layer_and_leave_padding_out(made, ids):
 
 
 @pytest.mark.parametrize('fields', VARIANTS, ids=str)
-def test_padding_and_company_change_nothing(made, quick, ids, fields):
+def test_padding_and_company_change_nothing(made, ids, fields):
   model, variables = made(**fields)
-  forward, (source_BxS, target_BxT) = quick(partial(model.apply, variables)), ids
+  forward, (source_BxS, target_BxT) = jax.jit(partial(model.apply, variables)), ids
   batch_BxTxV = forward(source_BxS, target_BxT)
   assert batch_BxTxV.shape == (3, 5, 17) and batch_BxTxV.dtype == jnp.float32 and np.std(batch_BxTxV) > 0.1
   for b, (S, T) in enumerate(((6, 5), (3, 2), (4, 4))):
@@ -129,11 +129,11 @@ def test_padding_and_company_change_nothing(made, quick, ids, fields):
     np.testing.assert_allclose(batch_BxTxV[b, :T], alone[0], atol=2e-6)
 
 
-def test_an_empty_source_is_no_source(made, quick, ids):
+def test_an_empty_source_is_no_source(made, ids):
   """No NaN, in the gradients neither, and the same however wide the padding is."""
   model, variables = made()
 
-  @quick
+  @jax.jit
   def run(params, source_BxS):
     return jax.value_and_grad(lambda params: jnp.sum(jnp.sin(model.apply(params, source_BxS, ids[1][:1]))))(params)
 
@@ -142,9 +142,9 @@ def test_an_empty_source_is_no_source(made, quick, ids):
   assert value == pytest.approx(float(wider), rel=1e-5)
 
 
-def test_a_mask_that_is_given_is_the_one_that_is_used(made, quick, ids):
+def test_a_mask_that_is_given_is_the_one_that_is_used(made, ids):
   model, variables = made()
-  encode = quick(lambda source_BxS, mask=None: model.apply(variables, source_BxS, mask, method='encode'))
+  encode = jax.jit(lambda source_BxS, mask=None: model.apply(variables, source_BxS, mask, method='encode'))
   shorter = masks.lengths(jnp.array([5, 3, 4]))
   memory, cut = encode(ids[0], shorter), encode(ids[0].at[0, 5].set(0))
   np.testing.assert_allclose(memory.states_BxSxD, cut.states_BxSxD, atol=1e-6)
@@ -163,52 +163,52 @@ def nudge(name, value):
   return nn.intercept_methods(intercept)
 
 
-def reaches(function, name, width, quick):
+def reaches(function, name, width):
   """bool: whether d output[t] / d embedding[s] is anything but exactly 0; `function` gives 1xTxD."""
   def summed(nudge_SxD):
     with nudge(name, nudge_SxD[None]):
       return function()[0].sum(-1)
-  return np.any(np.asarray(quick(jax.jacrev(summed))(jnp.zeros((width, 8)))) != 0, axis=-1)
+  return np.any(np.asarray(jax.jit(jax.jacrev(summed))(jnp.zeros((width, 8)))) != 0, axis=-1)
 
 
 FIELDS = [dict(), dict(kernel_width=5), dict(dilation='doubling'), dict(kernel_width=1)]
 
 
 @pytest.mark.parametrize('fields', [*FIELDS, dict(kernel_width=2, dilation='doubling'), dict(kernel_width=4)], ids=str)
-def test_a_decoder_sees_its_receptive_field_and_nothing_else(made_alone, quick, fields):
+def test_a_decoder_sees_its_receptive_field_and_nothing_else(made_alone, fields):
   T = 20
   model, variables = made_alone(**{**fields, 'max_positions': T})
-  seen = reaches(lambda: model.apply(variables, jnp.full((1, T), 5), method='hidden'), 'target_embed', T, quick)
+  seen = reaches(lambda: model.apply(variables, jnp.full((1, T), 5), method='hidden'), 'target_embed', T)
   behind = np.arange(T)[:, None] - np.arange(T)
   assert 1 <= model.config.receptive_field.decoder < T and model.config.receptive_field.encoder is None
   np.testing.assert_array_equal(seen, (behind >= 0) & (behind < model.config.receptive_field.decoder))
 
 
 @pytest.mark.parametrize('fields', FIELDS, ids=str)
-def test_an_encoder_sees_its_receptive_field_on_both_sides_and_no_padding(made, quick, fields):
+def test_an_encoder_sees_its_receptive_field_on_both_sides_and_no_padding(made, fields):
   S, length = 20, 16
   model, variables = made(**{**fields, 'max_positions': S})
   source_1xS = jnp.where(jnp.arange(S) < length, 5, 0)[None]
-  seen = reaches(lambda: model.apply(variables, source_1xS, method='encode').states_BxSxD, 'source_embed', S, quick)
+  seen = reaches(lambda: model.apply(variables, source_1xS, method='encode').states_BxSxD, 'source_embed', S)
   real, apart = np.arange(S) < length, np.abs(np.arange(S)[:, None] - np.arange(S))
   within = apart <= model.config.receptive_field.encoder // 2
   np.testing.assert_array_equal(seen, within & real & real[:, None])
 
 
-def test_a_translation_sees_all_of_its_source_and_no_word_to_come(made, quick, ids):
+def test_a_translation_sees_all_of_its_source_and_no_word_to_come(made, ids):
   model, variables = made()
   one = [x[1:2] for x in ids]
-  source, target = (reaches(lambda: model.apply(variables, *one), f'{side}_embed', width, quick)
+  source, target = (reaches(lambda: model.apply(variables, *one), f'{side}_embed', width)
                     for side, width in (('source', 6), ('target', 5)))
   np.testing.assert_array_equal(source, np.broadcast_to(np.arange(6) < LENGTHS_B[1], (5, 6)))
   np.testing.assert_array_equal(target, np.tri(5, dtype=bool))
 
 
-def test_texts_packed_in_a_row_are_as_if_alone(made_alone, quick, ids):
+def test_texts_packed_in_a_row_are_as_if_alone(made_alone, ids):
   for fields in (dict(), dict(dilation='doubling', kernel_width=2)):
     model, variables = made_alone(**fields)
     first, second = ids[1][:1, :4], ids[1][2:, 1:4]
-    forward = quick(partial(model.apply, variables))
+    forward = jax.jit(partial(model.apply, variables))
     packed = forward(jnp.concatenate([first, second], axis=1), jnp.array([[5, 5, 5, 5, 2, 2, 2]]))
     np.testing.assert_allclose(packed, jnp.concatenate([forward(first), forward(second)], axis=1), atol=2e-6)
 
@@ -217,20 +217,20 @@ def test_texts_packed_in_a_row_are_as_if_alone(made_alone, quick, ids):
 
 
 @pytest.mark.parametrize('fields', VARIANTS, ids=str)
-def test_cached_decoding_equals_teacher_forcing(made, quick, ids, fields):
+def test_cached_decoding_equals_teacher_forcing(made, ids, fields):
   """In pieces of any width, with two rows per sentence, each with words of its own."""
   model, variables = made(**fields)
   source_BxS, rows = ids[0][:2], jnp.array([0, 0, 1, 1])
   target_RxT = jnp.array([[1, 7, 11, 4, 16, 9], [1, 9, 3, 3, 5, 6], [1, 5, 5, 12, 8, 8], [1, 3, 4, 5, 13, 7]])
-  whole_RxTxV = quick(model.apply)(variables, source_BxS[rows], target_RxT)
+  whole_RxTxV = jax.jit(model.apply)(variables, source_BxS[rows], target_RxT)
 
-  @quick
+  @jax.jit
   def begin():
     memory = model.apply(variables, source_BxS, method='encode')
     return memory, model.apply(variables, memory, 12, 2, method='init_cache')
 
   memory, start = begin()
-  step = quick(partial(model.apply, variables, method='step'))
+  step = jax.jit(partial(model.apply, variables, method='step'))
   for widths in ((1, 1, 1, 1, 1, 1), (4, 1, 1)):
     cache, logits = start, []
     for tokens in jnp.split(target_RxT, np.cumsum(widths)[:-1], axis=1):
@@ -241,11 +241,11 @@ def test_cached_decoding_equals_teacher_forcing(made, quick, ids, fields):
 
 
 @pytest.mark.parametrize('fields', [dict(), dict(kernel_width=2, dilation='doubling'), dict(kernel_width=1)], ids=str)
-def test_a_language_model_goes_on_from_any_prompt(made_alone, quick, ids, fields):
+def test_a_language_model_goes_on_from_any_prompt(made_alone, ids, fields):
   model, variables = made_alone(**fields)
-  whole = quick(model.apply)(variables, ids[1])
+  whole = jax.jit(model.apply)(variables, ids[1])
   cache = model.apply(variables, 3, 12, method='init_cache')
-  step = quick(partial(model.apply, variables, method='step'))
+  step = jax.jit(partial(model.apply, variables, method='step'))
   first, cache = step(ids[1][:, :3], cache)
   logits = [first]
   for t in (3, 4):
@@ -266,7 +266,7 @@ def test_a_cache_holds_rows_first_the_last_inputs_of_each_layer_and_one_memory_p
   assert cache.index.dtype == jnp.int32
 
 
-def test_a_beam_that_holds_everything_finds_what_enumeration_finds(quick, random_params):
+def test_a_beam_that_holds_everything_finds_what_enumeration_finds(random_params):
   """All outputs of at most 3 tokens of a vocabulary of 5, each scored by teacher forcing."""
   model = ConvolutionalEncoderDecoder(config_of(), 5, 5)
   source_BxS, L, M = jnp.array([[3, 4, 2], [4, 2, 0]]), 3, 32
@@ -275,13 +275,13 @@ def test_a_beam_that_holds_everything_finds_what_enumeration_finds(quick, random
   outputs += [list(words) for words in itertools.product((3, 4), repeat=L)]
   rows = np.array([[BOS, *words, *[0] * (L - len(words))] for words in outputs])
 
-  @quick
+  @jax.jit
   def score(source_1xS):
     logits = model.apply(variables, jnp.repeat(source_1xS, len(rows), axis=0), rows[:, :-1])
     taken = jnp.take_along_axis(jax.nn.log_softmax(logits), rows[:, 1:, None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(rows[:, 1:] != 0, taken, 0), axis=1)
 
-  @quick
+  @jax.jit
   def search(source_BxS):
     memory = model.apply(variables, source_BxS, method='encode')
     cache = model.apply(variables, memory, L, M, method='init_cache')
@@ -300,7 +300,7 @@ def test_a_beam_that_holds_everything_finds_what_enumeration_finds(quick, random
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_encoder_gets_its_gradient_divided_by_the_number_of_attentions(made, quick, ids):
+def test_the_encoder_gets_its_gradient_divided_by_the_number_of_attentions(made, ids):
   """Its embeddings too, but for what reaches them as values of attention; the decoder as without."""
   gradients = []
   for scaled in (True, False):
@@ -309,7 +309,7 @@ def test_the_encoder_gets_its_gradient_divided_by_the_number_of_attentions(made,
     def loss(params, model=model):
       return jnp.sum(jnp.sin(model.apply({'params': params}, *ids)))
 
-    gradients.append(quick(jax.grad(loss))(variables['params']))
+    gradients.append(jax.jit(jax.grad(loss))(variables['params']))
   (with_scale, without), N = gradients, model.config.decoder_layers
   for name in ('encoder', 'decoder', 'target_embedding', 'output'):
     factor = N if name == 'encoder' else 1
@@ -342,11 +342,11 @@ def test_dropout_falls_on_embeddings_inputs_of_convolutions_and_the_output(made_
   assert not np.any(np.asarray(seen['output_projection'][0]) == 0)
 
 
-def test_bfloat16_ends_near_float32(made, quick, ids):
+def test_bfloat16_ends_near_float32(made, ids):
   losses = []
   for dtype in ('float32', 'bfloat16'):
     model, variables = made(dtype=dtype)
-    logits_BxTxV = quick(model.apply)(variables, *ids)
+    logits_BxTxV = jax.jit(model.apply)(variables, *ids)
     assert logits_BxTxV.dtype == jnp.float32
     losses.append(float(-jax.nn.log_softmax(logits_BxTxV)[..., 5].mean()))
   assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)

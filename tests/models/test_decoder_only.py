@@ -33,7 +33,7 @@ def test_it_is_the_decoder_alone(made):
       jnp.shape, jax.eval_shape(partial(initialize, model), jax.random.key(0)))
 
 
-def test_it_is_a_decoder_whose_cross_attention_says_nothing(made, random_params, quick):
+def test_it_is_a_decoder_whose_cross_attention_says_nothing(made, random_params):
   """With W^O of cross-attention 0, the encoder-decoder of the same parameters is the decoder-only model."""
   model, variables = made
   both = build_model(dataclasses.replace(CONFIG, encoder_layers=1), V, V)
@@ -42,15 +42,15 @@ def test_it_is_a_decoder_whose_cross_attention_says_nothing(made, random_params,
     params['decoder'][name] |= layer
     params['decoder'][name]['cross_attention']['output']['kernel'] *= 0
   params |= {name: value for name, value in variables['params'].items() if name != 'decoder'}
-  np.testing.assert_allclose(quick(both.apply)({'params': params}, np.ones((2, 3), int), IDS_BxT),
-                             quick(model.apply)(variables, IDS_BxT), atol=2e-6)
+  np.testing.assert_allclose(jax.jit(both.apply)({'params': params}, np.ones((2, 3), int), IDS_BxT),
+                             jax.jit(model.apply)(variables, IDS_BxT), atol=2e-6)
 
 
-def test_texts_packed_in_a_row_are_as_if_alone(made, quick):
+def test_texts_packed_in_a_row_are_as_if_alone(made):
   model, variables = made
   first, second = IDS_BxT[:1, :4], IDS_BxT[1:, :2]
-  packed = quick(model.apply)(variables, np.concatenate([first, second], axis=1), np.array([[5, 5, 5, 5, 2, 2]]))
-  alone = quick(lambda: (model.apply(variables, first), model.apply(variables, second)))()
+  packed = jax.jit(model.apply)(variables, np.concatenate([first, second], axis=1), np.array([[5, 5, 5, 5, 2, 2]]))
+  alone = jax.jit(lambda: (model.apply(variables, first), model.apply(variables, second)))()
   np.testing.assert_allclose(packed, jnp.concatenate(alone, axis=1), atol=2e-6)
 
 
@@ -60,15 +60,15 @@ def test_positions_begin_anew_in_every_segment():
 
 
 @pytest.mark.parametrize('positions', ['learned', 'rope', 'alibi', 'relative'])
-def test_compiled_steps_of_scanned_layers_equal_teacher_forcing(random_params, quick, positions):
+def test_compiled_steps_of_scanned_layers_equal_teacher_forcing(random_params, positions):
   """Also with a window: the position at which a step begins is known only when it runs."""
   config = dataclasses.replace(CONFIG, positions=positions, max_positions=8 if positions == 'learned' else None,
                                window=3, num_kv_heads=1, scan_layers=True)
   model = build_model(config, V, V)
   variables = random_params(model, IDS_BxT)
-  whole_BxTxV = quick(model.apply)({'params': to_layout(variables['params'], 'scanned')}, IDS_BxT)
+  whole_BxTxV = jax.jit(model.apply)({'params': to_layout(variables['params'], 'scanned')}, IDS_BxT)
   cache = model.apply(variables, 2, 7, method='init_cache')
-  step, logits = quick(partial(model.apply, method='step')), []
+  step, logits = jax.jit(partial(model.apply, method='step')), []
   for t in range(0, T, 2):
     two_BxTxV, cache = step(variables, IDS_BxT[:, t:t + 2], cache)
     logits.append(two_BxTxV)

@@ -46,22 +46,23 @@ def token_by_token(params, x_BxTxD, activation, gated, k=k):
 
 
 @pytest.mark.parametrize('feed_forward, activation, k', [('swiglu', jax.nn.silu, 2), ('relu', jax.nn.relu, 1)])
-def test_output_and_gradients_are_those_of_a_loop_over_tokens(feed_forward, activation, k, quick):
+def test_output_and_gradients_are_those_of_a_loop_over_tokens(feed_forward, activation, k):
   layer, params, x_BxTxD = drawn(feed_forward=feed_forward, experts_per_token=k)
 
   def both(compute):
     y_BxTxD, vjp = jax.vjp(compute, params, x_BxTxD)
     return y_BxTxD, vjp(LABELS)
 
-  found = quick(lambda: both(lambda params, x: layer.apply({'params': params}, x)))()
-  expected = quick(lambda: both(lambda params, x: token_by_token(params, x, activation, feed_forward == 'swiglu', k)))()
+  found = jax.jit(lambda: both(lambda params, x: layer.apply({'params': params}, x)))()
+  expected = jax.jit(
+      lambda: both(lambda params, x: token_by_token(params, x, activation, feed_forward == 'swiglu', k)))()
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
-def test_a_token_is_the_same_alone_and_in_company(quick):
+def test_a_token_is_the_same_alone_and_in_company():
   layer, params, x_BxTxD = drawn()
-  apply = quick(lambda x_BxTxD: layer.apply({'params': params}, x_BxTxD))
+  apply = jax.jit(lambda x_BxTxD: layer.apply({'params': params}, x_BxTxD))
   for row, t in np.ndindex(B, T):
     alone_1x1xD = apply(x_BxTxD[row:row + 1, t:t + 1])
     np.testing.assert_allclose(apply(x_BxTxD)[row, t], alone_1x1xD[0, 0], atol=1e-6)
@@ -104,9 +105,9 @@ def test_an_even_load_costs_one_for_each_token_and_one_expert_costs_their_number
   np.testing.assert_allclose(balance_loss(one, jnp.full((1, E, 1), 2), real), E * E, rtol=1e-6)
 
 
-def test_the_balance_loss_adds_up_over_rows_and_knows_no_padding(quick):
+def test_the_balance_loss_adds_up_over_rows_and_knows_no_padding():
   layer, params, x_BxTxD = drawn()
-  of = quick(jax.value_and_grad(lambda p, x_BxTxD, real_BxT: balance_of(layer, p, x_BxTxD, real_BxT)))
+  of = jax.jit(jax.value_and_grad(lambda p, x_BxTxD, real_BxT: balance_of(layer, p, x_BxTxD, real_BxT)))
   whole, slope = of(params, x_BxTxD, REAL)
   parts = [of(params, x_BxTxD[i:i + 1], REAL[i:i + 1]) for i in range(B)]
   np.testing.assert_allclose(whole, sum(part for part, _ in parts), rtol=1e-6)
@@ -125,7 +126,7 @@ def test_without_tokens_that_count_there_is_no_balance_loss():
 
 
 @pytest.mark.parametrize('changes', [dict(), dict(remat='full'), dict(remat='dots', num_kv_heads=1)])
-def test_scanned_is_unrolled_with_its_losses(changes, quick):
+def test_scanned_is_unrolled_with_its_losses(changes):
   model = build_model(dataclasses.replace(CONFIG, **changes), 11, 11)
   params = initialize(model, jax.random.key(0))
   ids_BxT = jax.random.randint(jax.random.key(1), (B, T), 1, 11) * REAL
@@ -135,7 +136,7 @@ def test_scanned_is_unrolled_with_its_losses(changes, quick):
       logits, sown = model.apply({'params': params}, ids_BxT, mutable=['losses'])
       balance = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))
       return balance + jnp.sum(logits * REAL[..., None]), balance
-    return quick(jax.value_and_grad(total, has_aux=True))(params)
+    return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
 
   (total, balance), slopes = of(model, params)
   assert balance > 0.99 * 2 * REAL.sum()  # two layers
@@ -144,12 +145,12 @@ def test_scanned_is_unrolled_with_its_losses(changes, quick):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), to_layout(others, 'unrolled'), slopes)
 
 
-def test_bfloat16_is_near_float32_and_routes_in_float32(quick):
+def test_bfloat16_is_near_float32_and_routes_in_float32():
   layer, params, x_BxTxD = drawn(dtype='bfloat16')
   found = layer.apply({'params': params}, x_BxTxD)
   assert found.dtype == jnp.bfloat16
   np.testing.assert_allclose(found.astype(jnp.float32), drawn()[0].apply({'params': params}, x_BxTxD), atol=0.05)
-  slopes = quick(jax.grad(lambda p: jnp.sum(layer.apply({'params': p}, x_BxTxD).astype(jnp.float32))))(params)
+  slopes = jax.jit(jax.grad(lambda p: jnp.sum(layer.apply({'params': p}, x_BxTxD).astype(jnp.float32))))(params)
   assert all(leaf.dtype == jnp.float32 and jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
 
 
@@ -164,12 +165,12 @@ def test_the_taps_tell_who_was_chosen_and_what_fired():
     np.testing.assert_allclose(act_mxF[row], expected, atol=1e-5)
 
 
-def test_dropout_of_a_tokens_units_depends_on_its_place_alone(quick):
+def test_dropout_of_a_tokens_units_depends_on_its_place_alone():
   """Not on how others are routed, which decides where it is sorted to; and it drops what it says."""
   layer, params, x_BxTxD = drawn(activation_dropout=0.5, feed_forward='relu')
   key = jax.random.key(3)
 
-  of = quick(lambda x_BxTxD, dropout_key=key: layer.apply({'params': params}, x_BxTxD, dropout_key))
+  of = jax.jit(lambda x_BxTxD, dropout_key=key: layer.apply({'params': params}, x_BxTxD, dropout_key))
 
   other = x_BxTxD.at[0, 1:].set(-x_BxTxD[0, 1:]).at[1:].set(0.0)
   np.testing.assert_allclose(of(x_BxTxD)[0, 0], of(other)[0, 0], atol=1e-6)

@@ -68,17 +68,17 @@ def test_the_cases_hold_every_choice():
 
 
 @pytest.fixture(params=CASES)
-def translator(request, quick):
+def translator(request):
   model, variables = made(request.param)
-  return model, variables, quick(lambda source, target: model.apply(variables, source, target))
+  return model, variables, jax.jit(lambda source, target: model.apply(variables, source, target))
 
 
-def decode_in_pieces(quick, model, variables, source_BxS, tokens_RxT, widths):
+def decode_in_pieces(model, variables, source_BxS, tokens_RxT, widths):
   """Logits of rows, several for each source, fed in pieces of these widths."""
-  memory = () if source_BxS is None else (quick(lambda: model.apply(variables, source_BxS, method='encode'))(),)
+  memory = () if source_BxS is None else (jax.jit(lambda: model.apply(variables, source_BxS, method='encode'))(),)
   start = (*memory, T, len(tokens_RxT) // len(source_BxS)) if memory else (len(tokens_RxT), T)
   cache = model.apply(variables, *start, method='init_cache')
-  step = quick(lambda tokens_RxT, cache: model.apply(variables, tokens_RxT, *memory, cache, method='step'))
+  step = jax.jit(lambda tokens_RxT, cache: model.apply(variables, tokens_RxT, *memory, cache, method='step'))
   logits, at = [], 0
   for width in widths:
     logits_RxTxV, cache = step(tokens_RxT[:, at:at + width], cache)
@@ -91,21 +91,21 @@ def decode_in_pieces(quick, model, variables, source_BxS, tokens_RxT, widths):
   return np.concatenate(logits, axis=1)
 
 
-def test_cached_decoding_equals_teacher_forcing(translator, quick):
+def test_cached_decoding_equals_teacher_forcing(translator):
   """For two rows per sentence, each with words of its own."""
   model, variables, forward = translator
   tokens_RxT = np.concatenate([TARGET_BxT[:2], TARGET_BxT[1:] % 5 + 3])
   whole_RxTxV = forward(SOURCE_BxS[[0, 0, 1, 1]], tokens_RxT)
-  logits_RxTxV = decode_in_pieces(quick, model, variables, SOURCE_BxS[:2], tokens_RxT, (3, 1, 1))
+  logits_RxTxV = decode_in_pieces(model, variables, SOURCE_BxS[:2], tokens_RxT, (3, 1, 1))
   np.testing.assert_allclose(logits_RxTxV, whole_RxTxV, atol=5e-6)
   assert np.std(whole_RxTxV, axis=-1).min() > 0.02
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_cached_language_model_equals_teacher_forcing(name, quick):
+def test_cached_language_model_equals_teacher_forcing(name):
   model, variables = made(name)
-  whole_RxTxV = quick(lambda: model.apply(variables, TARGET_BxT))()
-  np.testing.assert_allclose(decode_in_pieces(quick, model, variables, None, TARGET_BxT, (2, 1, 1, 1)), whole_RxTxV,
+  whole_RxTxV = jax.jit(lambda: model.apply(variables, TARGET_BxT))()
+  np.testing.assert_allclose(decode_in_pieces(model, variables, None, TARGET_BxT, (2, 1, 1, 1)), whole_RxTxV,
                              atol=2e-6)
 
 
@@ -116,7 +116,7 @@ def test_a_sentence_alone_and_one_in_a_batch_with_padding_get_the_same_logits(tr
   np.testing.assert_allclose(batch_BxTxV[1:2, :3], forward(SOURCE_BxS[1:2, :3], TARGET_BxT[1:2, :3]), atol=5e-6)
 
 
-def reaches(quick, model, variables, *ids):
+def reaches(model, variables, *ids):
   """Which embeddings each position's logits depend on: {side: bool BxTxBxS}, by gradients through the taps."""
   weights_V = jnp.asarray(np.random.default_rng(1).standard_normal(V), jnp.float32)
 
@@ -129,12 +129,12 @@ def reaches(quick, model, variables, *ids):
 
   names = ('source_embed', 'target_embed')[-len(ids):]
   nudges = {name: jnp.zeros((*each.shape, D)) for name, each in zip(names, ids)}
-  return {name: np.any(np.asarray(x) != 0, axis=-1) for name, x in quick(jax.jacrev(outputs_BxT))(nudges).items()}
+  return {name: np.any(np.asarray(x) != 0, axis=-1) for name, x in jax.jit(jax.jacrev(outputs_BxT))(nudges).items()}
 
 
-def test_gradients_flow_exactly_from_where_a_word_may_look(translator, quick):
+def test_gradients_flow_exactly_from_where_a_word_may_look(translator):
   model, variables, _ = translator
-  found = reaches(quick, model, variables, SOURCE_BxS, TARGET_BxT)
+  found = reaches(model, variables, SOURCE_BxS, TARGET_BxT)
   same = np.eye(3, dtype=bool)[:, None, :, None]
   np.testing.assert_array_equal(found['target_embed'], same & np.tri(T, dtype=bool)[None, :, None, :])
   real_BxS = np.arange(S) < LENGTHS_B[:, None]
@@ -142,20 +142,20 @@ def test_gradients_flow_exactly_from_where_a_word_may_look(translator, quick):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_a_state_sums_up_all_words_and_a_window_only_the_last(name, quick):
+def test_a_state_sums_up_all_words_and_a_window_only_the_last(name):
   """Latent autoregressive against autoregressive of a fixed order."""
-  found = reaches(quick, *made(name), TARGET_BxT)['target_embed']
+  found = reaches(*made(name), TARGET_BxT)['target_embed']
   back_TxT = np.arange(T)[:, None] - np.arange(T)
   seen_TxT = (back_TxT >= 0) & (back_TxT < (3 if name == 'window' else T))
   np.testing.assert_array_equal(found, np.eye(3, dtype=bool)[:, None, :, None] & seen_TxT[None, :, None, :])
 
 
 @pytest.mark.parametrize('name', ['bahdanau', 'local-m', 'sutskever', 'cho'])
-def test_only_attention_sees_more_than_the_last_states(name, quick):
+def test_only_attention_sees_more_than_the_last_states(name):
   """Without it the source reaches the target through a vector of fixed width and in no other way."""
   model, variables = made(name)
-  memory = quick(lambda: model.apply(variables, SOURCE_BxS, method='encode'))()
-  d_states, d_finals = quick(jax.grad(
+  memory = jax.jit(lambda: model.apply(variables, SOURCE_BxS, method='encode'))()
+  d_states, d_finals = jax.jit(jax.grad(
       lambda states, finals: jnp.sum(model.apply(variables, TARGET_BxT, memory.replace(
           states_BxSxV=states, finals=finals), method='decode')[..., 3]), (0, 1)))(memory.states_BxSxV, memory.finals)
   assert np.any(d_states) == (model.config.context == 'attention')
@@ -164,22 +164,22 @@ def test_only_attention_sees_more_than_the_last_states(name, quick):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_texts_packed_in_a_row_are_as_if_alone(name, quick):
+def test_texts_packed_in_a_row_are_as_if_alone(name):
   model, variables = made(name)
   first, second = TARGET_BxT[:1, :4], TARGET_BxT[1:2, :3]
-  packed, *alone = quick(lambda: (
+  packed, *alone = jax.jit(lambda: (
       model.apply(variables, np.concatenate([first, second], axis=1), np.array([[5] * 4 + [2] * 3])),
       model.apply(variables, first), model.apply(variables, second)))()
   np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), atol=2e-6)
 
 
-def test_the_source_is_read_from_its_end(quick):
+def test_the_source_is_read_from_its_end():
   """The same as a reversed sentence read from its beginning, but the states stay where their words are."""
   model, variables = made('sutskever')
   forward = build_model(make(**CASES['sutskever'] | dict(reverse_source=False)), V, V)
   params = dict(variables['params'])
   params['encoder'] = {name: {'forward': layer['backward']} for name, layer in params['encoder'].items()}
-  backward, straight = quick(lambda: (
+  backward, straight = jax.jit(lambda: (
       model.apply(variables, SOURCE_BxS[1:2], method='encode'),
       forward.apply({'params': params}, SOURCE_BxS[1:2, 2::-1], method='encode')))()
   jax.tree.map(np.testing.assert_array_equal, backward.finals, straight.finals)
@@ -187,7 +187,7 @@ def test_the_source_is_read_from_its_end(quick):
 
 
 @pytest.mark.parametrize('name', ['bahdanau', 'local-p-feeding', 'sutskever'])
-def test_a_beam_that_holds_everything_finds_what_enumeration_finds(name, quick):
+def test_a_beam_that_holds_everything_finds_what_enumeration_finds(name):
   vocabulary, limit, beam = 6, 3, 36
   config = make(**CASES[name], pad_id=PAD)
   model, random = build_model(config, vocabulary, vocabulary), np.random.default_rng(3)
@@ -195,7 +195,7 @@ def test_a_beam_that_holds_everything_finds_what_enumeration_finds(name, quick):
   variables = {'params': jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), shapes)}
   source_BxS = np.array([[4, 5, 3, 2], [5, 2, 0, 0]])
 
-  @quick
+  @jax.jit
   def search():
     memory = model.apply(variables, source_BxS, method='encode')
     cache = model.apply(variables, memory, limit, beam, method='init_cache')
@@ -205,7 +205,7 @@ def test_a_beam_that_holds_everything_finds_what_enumeration_finds(name, quick):
   words = [token for token in range(vocabulary) if token not in (PAD, BOS, EOS)]
   every = [[*body, EOS] for n in range(limit) for body in itertools.product(words, repeat=n)]
   inputs = np.array([[BOS, *tokens[:-1], *[PAD] * (limit - len(tokens))] for tokens in every])
-  forward = quick(lambda source: jax.nn.log_softmax(model.apply(variables, source, inputs)))
+  forward = jax.jit(lambda source: jax.nn.log_softmax(model.apply(variables, source, inputs)))
   found = search()
   for b in range(2):
     log_probs = forward(np.repeat(source_BxS[b:b + 1], len(every), axis=0))
@@ -226,10 +226,10 @@ def test_every_parameter_is_sharded_and_known_to_the_optimizer(name):
 
 
 @pytest.mark.parametrize('name', ['bahdanau', 'local-p-feeding', 'hard', 'cho', 'lstm', 'window'])
-def test_every_parameter_is_used(name, quick):
+def test_every_parameter_is_used(name):
   model, variables = made(name)
   ids = (SOURCE_BxS, TARGET_BxT)[-(2 if name in CASES else 1):]
-  gradients = quick(jax.grad(lambda params: jnp.sum(jnp.sin(3 * model.apply({'params': params}, *ids)))))(
+  gradients = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(3 * model.apply({'params': params}, *ids)))))(
       variables['params'])
   unused = [path for path, leaf in jax.tree_util.tree_leaves_with_path(gradients) if not np.any(leaf)]
   assert not unused
@@ -238,24 +238,24 @@ def test_every_parameter_is_used(name, quick):
 @pytest.mark.parametrize('changes', [
     dict(decoder_layers=2), dict(query='current', input_feeding=True), dict(context='every_step'),
     dict(encoder_layers=0, cell='window', order=2)], ids=str)
-def test_dropout_is_drawn_from_the_key_and_only_from_it(changes, quick, random_params):
+def test_dropout_is_drawn_from_the_key_and_only_from_it(changes, random_params):
   config = make(dropout=0.4, **changes)
   model = build_model(config, V, V)
   ids = (SOURCE_BxS, TARGET_BxT)[-(2 if config.encoder_layers else 1):]
   variables = random_params(model, *ids)
   keys = jax.random.split(jax.random.key(0), 2)[jnp.array([0, 1, 0])]
-  one, other, again = quick(jax.vmap(lambda key: model.apply(variables, *ids, dropout_key=key)))(keys)
+  one, other, again = jax.jit(jax.vmap(lambda key: model.apply(variables, *ids, dropout_key=key)))(keys)
   np.testing.assert_array_equal(one, again)
   assert np.abs(one - other).max() > 0.01
   plain = [str(jax.make_jaxpr(build_model(each, V, V).apply)(variables, *ids)) for each in (config, make(**changes))]
   assert plain[0] == plain[1]
 
 
-def test_dropout_falls_on_what_enters_a_layer_and_on_the_readout(quick, random_params):
+def test_dropout_falls_on_what_enters_a_layer_and_on_the_readout(random_params):
   """Zeros in the embeddings, in what the second layer reads and in what `unembed` reads; none in the states."""
   model = build_model(make(encoder_layers=0, decoder_layers=2, dropout=0.5), V, V)
   variables = random_params(model, TARGET_BxT)
-  hidden, found = quick(lambda: model.apply(
+  hidden, found = jax.jit(lambda: model.apply(
       variables, TARGET_BxT, dropout_key=jax.random.key(0), method='hidden', mutable=['intermediates'],
       capture_intermediates=lambda module, _: isinstance(module, Tap)))()
   found = found['intermediates']
@@ -264,7 +264,7 @@ def test_dropout_falls_on_what_enters_a_layer_and_on_the_readout(quick, random_p
 
 
 @pytest.mark.parametrize('name', ['bahdanau', 'window'])
-def test_bfloat16_multiplies_in_bfloat16_and_ends_near_float32(name, quick):
+def test_bfloat16_multiplies_in_bfloat16_and_ends_near_float32(name):
   model, variables = made(name)
   half = build_model(make(**{**(CASES | MODELS)[name], 'dtype': 'bfloat16'},
                           **({} if name in CASES else dict(encoder_layers=0))), V, V)
@@ -281,7 +281,7 @@ def test_bfloat16_multiplies_in_bfloat16_and_ends_near_float32(name, quick):
 
   visit(jax.make_jaxpr(half.apply)(variables, *ids).jaxpr)
   assert types == {'bfloat16'}
-  np.testing.assert_allclose(quick(half.apply)(variables, *ids), quick(model.apply)(variables, *ids), atol=0.15)
+  np.testing.assert_allclose(jax.jit(half.apply)(variables, *ids), jax.jit(model.apply)(variables, *ids), atol=0.15)
 
 
 def test_attention_in_the_terms_of_the_survey():

@@ -114,11 +114,11 @@ def case(request):
   return RecurrentConfig(**SIZES, **CASES[request.param])
 
 
-def test_decoder(case, ids, quick, random_params):
+def test_decoder(case, ids, random_params):
   source_BxS, target_BxT = ids
   model = build_model(case, 19, 17)
   variables = random_params(model, source_BxS, target_BxT)
-  logits_BxTxV, memory = quick(lambda: (model.apply(variables, source_BxS, target_BxT),
+  logits_BxTxV, memory = jax.jit(lambda: (model.apply(variables, source_BxS, target_BxT),
                                         model.apply(variables, source_BxS, method='encode')))()
   exact = jax.tree.map(partial(np.asarray, dtype=np.float64), (variables['params'], memory.finals, memory.states_BxSxV))
   params, finals, states_BxSxV = exact
@@ -136,7 +136,7 @@ def test_decoder(case, ids, quick, random_params):
       assert (pattern_BxTxS[b, :, length:] == 0).all()
 
 
-def test_taps_in_a_loop_over_time_can_be_replaced(ids, quick, random_params):
+def test_taps_in_a_loop_over_time_can_be_replaced(ids, random_params):
   """Sliced from a collection, as in a loop over layers: a pattern that looks at the last word alone."""
   from flax import linen as nn
 
@@ -157,8 +157,8 @@ def test_taps_in_a_loop_over_time_can_be_replaced(ids, quick, random_params):
     with nn.intercept_methods(replace):
       return model.apply({**variables, 'taps': taps}, source_BxS, target_BxT)
 
-  logits_BxTxV = quick(run)()
-  hard = np.asarray(quick(lambda: model.apply(variables, source_BxS, target_BxT))())
+  logits_BxTxV = jax.jit(run)()
+  hard = np.asarray(jax.jit(lambda: model.apply(variables, source_BxS, target_BxT))())
   assert np.abs(logits_BxTxV - hard).max() > 1e-2
   # With one key, the last one, softmax has no choice either.
   memory = model.apply(variables, source_BxS, method='encode')

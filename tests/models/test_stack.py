@@ -12,7 +12,7 @@ from tfm.models.layout import to_layout
 RATES = dict(dropout=0.2, attention_dropout=0.3, activation_dropout=0.4)
 
 
-def loss_and_gradients(quick, tiny, ids, params, scan_layers, remat, **sizes):
+def loss_and_gradients(tiny, ids, params, scan_layers, remat, **sizes):
   """A loss with dropout and its gradients, for parameters in the unrolled layout."""
   model, _ = tiny(**RATES, scan_layers=scan_layers, remat=remat, **sizes)
   layout = 'scanned' if scan_layers else 'unrolled'
@@ -21,22 +21,22 @@ def loss_and_gradients(quick, tiny, ids, params, scan_layers, remat, **sizes):
     logits_BxTxV = model.apply({'params': to_layout(params, layout)}, *ids, key)
     return jnp.sum(jax.nn.log_softmax(logits_BxTxV)[..., 5])
 
-  return jax.device_get(quick(jax.value_and_grad(loss))(params, jax.random.key(3)))
+  return jax.device_get(jax.jit(jax.value_and_grad(loss))(params, jax.random.key(3)))
 
 
 @pytest.mark.parametrize('norm, first, others', [
     ('pre', (False, 'none'), [(True, 'none'), (False, 'full'), (True, 'dots')]),
     ('post', (False, 'dots'), [(True, 'full')]),
 ])
-def test_scanning_and_recomputing_change_nothing(quick, tiny, ids, norm, first, others):
+def test_scanning_and_recomputing_change_nothing(tiny, ids, norm, first, others):
   """Loss and gradients of a model with dropout, for the same parameters and the same key."""
   sizes = dict(norm=norm, encoder_layers=1)
   params = tiny(**sizes)[1]['params']
-  value, gradients = loss_and_gradients(quick, tiny, ids, params, *first, **sizes)
+  value, gradients = loss_and_gradients(tiny, ids, params, *first, **sizes)
   for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
     assert np.abs(leaf).max() > 1e-3, path  # every parameter counts
   for other in others:
-    other_value, other_gradients = loss_and_gradients(quick, tiny, ids, params, *other, **sizes)
+    other_value, other_gradients = loss_and_gradients(tiny, ids, params, *other, **sizes)
     np.testing.assert_allclose(other_value, value, rtol=1e-6)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), other_gradients, gradients)
 
@@ -75,7 +75,7 @@ def test_a_scanned_stack_is_one_loop_over_its_layers(tiny, ids):
   assert loops(scan_layers=False) == []
 
 
-def test_no_two_places_share_a_dropout_key(quick, tiny, ids, monkeypatch):
+def test_no_two_places_share_a_dropout_key(tiny, ids, monkeypatch):
   model, variables = tiny(norm='pre', **RATES)
   sites = []
 
@@ -85,7 +85,7 @@ def test_no_two_places_share_a_dropout_key(quick, tiny, ids, monkeypatch):
 
   monkeypatch.setattr('tfm.models.dropout.keep_mask', record)
 
-  @quick
+  @jax.jit
   def keys(key):
     sites.clear()
     model.apply(variables, *ids, key)

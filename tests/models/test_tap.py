@@ -60,23 +60,23 @@ def captured():
   return {}
 
 
-def captures(quick, tiny, ids, captured, scan_layers):
+def captures(tiny, ids, captured, scan_layers):
   """(logits, taps) compiled once for all tests that look at them."""
   if scan_layers not in captured:
     model, variables = make(tiny, scan_layers)
-    captured[scan_layers] = quick(partial(capture, model))(variables, *ids)
+    captured[scan_layers] = jax.jit(partial(capture, model))(variables, *ids)
   return captured[scan_layers]
 
 
 @pytest.mark.parametrize('scan_layers', [False, True])
-def test_every_named_value_can_be_read(quick, tiny, ids, captured, scan_layers):
-  _, found = captures(quick, tiny, ids, captured, scan_layers)
+def test_every_named_value_can_be_read(tiny, ids, captured, scan_layers):
+  _, found = captures(tiny, ids, captured, scan_layers)
   assert {path: value.shape for path, value in found.items()} == expected_sites(scan_layers)
 
 
 @pytest.mark.parametrize('scan_layers', [False, True])
-def test_the_values_are_those_that_their_names_promise(quick, tiny, ids, captured, scan_layers):
-  logits_BxTxV, found = captures(quick, tiny, ids, captured, scan_layers)
+def test_the_values_are_those_that_their_names_promise(tiny, ids, captured, scan_layers):
+  logits_BxTxV, found = captures(tiny, ids, captured, scan_layers)
   model, variables = make(tiny, scan_layers)
   layer = (lambda stack, i, tap: found[f'{stack}/layers/{tap}'][i]) if scan_layers else (
       lambda stack, i, tap: found[f'{stack}/layers_{i}/{tap}'])
@@ -98,11 +98,11 @@ def test_the_values_are_those_that_their_names_promise(quick, tiny, ids, capture
   np.testing.assert_allclose(lens, logits_BxTxV, atol=1e-6)
 
 
-def test_scanned_taps_are_the_unrolled_ones_stacked(quick, tiny, ids, captured):
+def test_scanned_taps_are_the_unrolled_ones_stacked(tiny, ids, captured):
   model, variables = make(tiny, True)
   unrolled, _ = make(tiny, False)
-  _, scanned_taps = captures(quick, tiny, ids, captured, True)
-  _, taps = quick(partial(capture, unrolled))({'params': to_layout(variables['params'], 'unrolled')}, *ids)
+  _, scanned_taps = captures(tiny, ids, captured, True)
+  _, taps = jax.jit(partial(capture, unrolled))({'params': to_layout(variables['params'], 'unrolled')}, *ids)
   for path, value in taps.items():
     layer = re.search(r'layers_(\d+)', path)
     stacked = scanned_taps[path if layer is None else path.replace(layer[0], 'layers')]
@@ -156,12 +156,12 @@ def replace_by_data(call, args, kwargs, context):
   return value * scope.get_variable('taps', 'gate') if tapped and scope.has_variable('taps', 'gate') else value
 
 
-def test_data_in_the_collection_taps_reaches_each_layer_of_a_scan(quick, tiny, ids):
+def test_data_in_the_collection_taps_reaches_each_layer_of_a_scan(tiny, ids):
   """Switching off the feed-forward network of layer 1 alone, in both layouts."""
   model, variables = make(tiny, True)
   unrolled, _ = make(tiny, False)
 
-  @partial(quick, static_argnums=0)
+  @partial(static_argnums=0)
   def run(model, variables, taps):
     with nn.intercept_methods(replace_by_data):
       return model.apply({**variables, 'taps': taps}, *ids)

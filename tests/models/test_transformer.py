@@ -14,10 +14,10 @@ from tfm.models.positions import sinusoidal
 from tfm.models.tap import Tap
 
 
-def embedded(quick, model, variables, ids, key=None) -> dict[str, np.ndarray]:
+def embedded(model, variables, ids, key=None) -> dict[str, np.ndarray]:
   """What enters the first layers; XLA drops all that comes after."""
 
-  @quick
+  @jax.jit
   def run(key):
     _, found = model.apply(variables, *ids, key, mutable=['intermediates'],
                            capture_intermediates=lambda module, _: isinstance(module, Tap))
@@ -28,11 +28,11 @@ def embedded(quick, model, variables, ids, key=None) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize('tying, scale_embeddings, positions', [
     ('all', True, 'sinusoidal'), ('target', False, 'learned'), ('none', True, 'learned')])
-def test_embeddings_are_scaled_rows_plus_positions(quick, tiny, ids, tying, scale_embeddings, positions):
+def test_embeddings_are_scaled_rows_plus_positions(tiny, ids, tying, scale_embeddings, positions):
   model, variables = tiny(tying=tying, scale_embeddings=scale_embeddings, positions=positions,
                           max_positions=8 if positions == 'learned' else None)
   params = variables['params']
-  for (name, x_BxTxD), ids_BxT in zip(embedded(quick, model, variables, ids).items(), ids):
+  for (name, x_BxTxD), ids_BxT in zip(embedded(model, variables, ids).items(), ids):
     side = name.removesuffix('_embed')
     table = params[f'{side}_embedding' if tying != 'all' else 'target_embedding']['table']
     position_TxD = (params[f'{side}_positions']['table'][:ids_BxT.shape[1]] if positions == 'learned'
@@ -41,9 +41,9 @@ def test_embeddings_are_scaled_rows_plus_positions(quick, tiny, ids, tying, scal
     np.testing.assert_allclose(x_BxTxD, scale * table[ids_BxT] + position_TxD, atol=1e-6)
 
 
-def test_dropout_falls_on_the_sum_of_embedding_and_position(quick, tiny, ids):
+def test_dropout_falls_on_the_sum_of_embedding_and_position(tiny, ids):
   model, variables = tiny(dropout=0.4)
-  whole, dropped = (embedded(quick, model, variables, ids, key) for key in (None, jax.random.key(0)))
+  whole, dropped = (embedded(model, variables, ids, key) for key in (None, jax.random.key(0)))
   for side in whole:
     kept = dropped[side] != 0
     assert abs(kept.mean() - 0.6) < 4 * (0.24 / kept.size)**0.5
@@ -63,7 +63,7 @@ def test_tying_says_which_tables_there_are(tiny, tying, tables):
     assert params[name]['table'].shape == (19 if name == 'source_embedding' else 17, 16)
 
 
-def test_a_shared_table_gets_the_gradients_of_all_its_uses(quick, ids):
+def test_a_shared_table_gets_the_gradients_of_all_its_uses(ids):
   """Tied = untied with equal tables, and the gradients of those add up."""
   def gradients(tying, **tables):
     config = TransformerConfig(encoder_layers=1, decoder_layers=1, d_model=16, d_ff=24, num_heads=2, tying=tying)
@@ -72,7 +72,7 @@ def test_a_shared_table_gets_the_gradients_of_all_its_uses(quick, ids):
     def loss(params):
       return jnp.sum(jax.nn.log_softmax(model.apply({'params': params}, *ids))[..., 5])
 
-    return quick(jax.grad(loss))({**layers, **{name: {'table': table} for name, table in tables.items()}})
+    return jax.jit(jax.grad(loss))({**layers, **{name: {'table': table} for name, table in tables.items()}})
 
   random = np.random.default_rng(0)
   table, other = (jnp.asarray(random.standard_normal((17, 16)) / 4, jnp.float32) for _ in range(2))
@@ -102,11 +102,11 @@ def test_one_table_for_two_vocabularies_is_refused():
 # -- the methods ------------------------------------------------------------------------------------------------------
 
 
-def test_the_methods_are_parts_of_one_another(quick, tiny, ids):
+def test_the_methods_are_parts_of_one_another(tiny, ids):
   """logits = unembed(hidden(source, target)) = decode(target, encode(source)), each compiled for itself."""
   model, variables = tiny(norm='pre', tying='none')
   whole, hidden, unembed, encode, decode = (
-      quick(partial(model.apply, variables, method=method))
+      jax.jit(partial(model.apply, variables, method=method))
       for method in ('__call__', 'hidden', 'unembed', 'encode', 'decode'))
   logits_BxTxV = whole(*ids)
   assert logits_BxTxV.shape == (3, 5, 17) and logits_BxTxV.dtype == jnp.float32
@@ -114,9 +114,9 @@ def test_the_methods_are_parts_of_one_another(quick, tiny, ids):
   np.testing.assert_allclose(decode(ids[1], encode(ids[0])), logits_BxTxV, atol=2e-6)
 
 
-def test_the_encoder_looks_in_both_directions_and_reports_the_padding(quick, tiny, ids):
+def test_the_encoder_looks_in_both_directions_and_reports_the_padding(tiny, ids):
   model, variables = tiny()
-  encode = quick(lambda source_BxS, mask: model.apply(variables, source_BxS, mask, method='encode'))
+  encode = jax.jit(lambda source_BxS, mask: model.apply(variables, source_BxS, mask, method='encode'))
   mask = masks.lengths(jnp.array([6, 3, 4]))
   memory = encode(ids[0], mask)
   changed = encode(ids[0].at[0, 5].set(4), mask)
@@ -150,12 +150,12 @@ def test_a_cache_holds_rows_first_and_one_memory_per_sentence(tiny, ids):
 # -- bfloat16 ---------------------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_computes_in_bfloat16_and_ends_near_float32(quick, tiny, ids):
+def test_bfloat16_computes_in_bfloat16_and_ends_near_float32(tiny, ids):
   _, variables = tiny()
   losses = {}
   for dtype in ('float32', 'bfloat16'):
     model, _ = tiny(dtype=dtype)
-    logits_BxTxV = quick(model.apply)(variables, *ids)
+    logits_BxTxV = jax.jit(model.apply)(variables, *ids)
     assert logits_BxTxV.dtype == jnp.float32
     losses[dtype] = float(-jax.nn.log_softmax(logits_BxTxV)[..., 5].mean())
   assert losses['bfloat16'] != losses['float32']

@@ -21,7 +21,6 @@ best scores stay. So a list of theirs without cut hypotheses is ours, and with t
 ended are the first of ours that ended, and our cut ones are the first of theirs; see `assert_agree`.
 """
 
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +42,6 @@ CONFIG = TransformerConfig(encoder_layers=2, decoder_layers=2, d_model=32, d_ff=
                            norm_epsilon=1e-5, tying='all')  # MarianMT has no other epsilon
 VOCABULARY, LIMIT = 40, 30
 EARLY_STOPPING = {'full': True, 'bound': 'never'}
-# Every search runs only a few times: code that LLVM leaves unoptimised is there in half the time.
-QUICKLY = {'xla_backend_optimization_level': 0}
 
 
 def as_marian(config, params, vocab_size, position_PxD):
@@ -195,7 +192,7 @@ def test_greedy_search(small):
   model, params, marian, source_BxS, memory = small
   B = len(source_BxS)
 
-  @partial(jax.jit, compiler_options=QUICKLY)
+  @jax.jit
   def search(params):
     def step(tokens_RxT, cache):
       return model.apply({'params': params}, tokens_RxT, memory, cache, method='step')
@@ -219,7 +216,7 @@ def test_greedy_search(small):
 def test_beam_search(small, beam_size, num_hypotheses, stop):
   model, params, marian, source_BxS, memory = small
 
-  @partial(jax.jit, compiler_options=QUICKLY)
+  @jax.jit
   def search(params, alpha):
     def step(tokens_RxT, cache):
       return model.apply({'params': params}, tokens_RxT, memory, cache, method='step')

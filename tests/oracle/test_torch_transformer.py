@@ -53,8 +53,7 @@ def pair(request, new_model, new_batch, torch_twin):
   with pytest.MonkeyPatch.context() as patch:
     if loss_path == 'chunked':  # three chunks of two rows
       patch.setattr(tfm.training.loss, 'CHUNK_LOGITS', 2 * (target_BxT.shape[1] - 1) * model.target_vocab_size)
-    # Each pair runs once: code that LLVM leaves unoptimised is there in half the time.
-    both = jax.jit(jax.grad(loss, has_aux=True), compiler_options={'xla_backend_optimization_level': 0})
+    both = jax.jit(jax.grad(loss, has_aux=True))
     gradients, (sums, our_logits_BxTxV) = both(jax.tree.map(jnp.asarray, params))
 
   twin, labels_BxT = torch_twin(config, params), target_BxT[:, 1:]

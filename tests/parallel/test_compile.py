@@ -73,9 +73,6 @@ EXPECTED = {  # what a mesh axis must bring about; XLA's CPU compiler makes no r
     'data': {'all-reduce'}, 'fsdp': {'all-gather', 'all-reduce'}, 'tensor': {'all-reduce'},
     'expert': {'all-reduce', 'all-gather', 'reduce-scatter'}, 'context': {'all-reduce', 'collective-permute'}}
 
-QUICKLY = {'xla_backend_optimization_level': 0}
-"""Compile faster, to slower code."""
-
 
 def config_of(mesh: dict, accumulate: int = 1, dropout: float = 0.1, family: str = 'encoder_decoder') -> Config:
   return Config(
@@ -116,7 +113,7 @@ def train(config: Config, devices: int):
     state = jax.device_put(state, shardings(mesh, abstract))
     with jax.set_mesh(mesh):
       step = jit_step(config, model, mesh, abstract).lower(
-          abstract, jax.eval_shape(lambda: batches(config.model.shape)[0])).compile(QUICKLY)
+          abstract, jax.eval_shape(lambda: batches(config.model.shape)[0])).compile()
     hlo, place = step.as_text(), lambda batch: place_batch(batch, 0, B, mesh, config.model.shape)
   losses = []
   for batch in batches(config.model.shape):
@@ -164,7 +161,7 @@ def experts_hlo(name: str) -> str:
   abstract = jax.eval_shape(lambda: new_state(config, model, initialize(model, jax.random.key(0))))
   with jax.set_mesh(mesh):
     return jit_step(config, model, mesh, abstract).lower(
-        abstract, jax.eval_shape(lambda: batches('decoder_only')[0])).compile(QUICKLY).as_text()
+        abstract, jax.eval_shape(lambda: batches('decoder_only')[0])).compile().as_text()
 
 
 @pytest.mark.parametrize('name', ['data', 'data expert', 'data expert context'])

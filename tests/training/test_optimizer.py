@@ -100,8 +100,6 @@ def test_adam_sees_the_clipped_gradients():
 
 # -- the other optimizers ---------------------------------------------------------------------------------------------
 
-QUICKLY = {'xla_backend_optimization_level': 0}
-"""Compile faster, to slower code."""
 NAMES = ['adam', 'adamw', 'adafactor', 'lion', 'muon']
 SHAPES = [
     dict(encoder_layers=1, decoder_layers=2, tying='none', positions='learned', max_positions=8, biases='all',
@@ -125,7 +123,7 @@ def two_updates(params, given, **fields):
   optimizer = build_optimizer(OptimizerConfig(schedule='constant', learning_rate=0.01, warmup_steps=0, **fields), 8, 9)
   state, found = optimizer.init(params), []
   for gradient in given:
-    update, state = jax.jit(optimizer.update, compiler_options=QUICKLY)(gradient, state, params)
+    update, state = jax.jit(optimizer.update)(gradient, state, params)
     params = optax.apply_updates(params, update)
     found.append(update)
   return state, found
