@@ -85,7 +85,8 @@ def test_the_attentions_of_an_encoder_decoder_have_the_shapes_of_their_sides():
   known = sites(*case('encoder_decoder', 'scanned'))
   shapes = {name: (site.layers, *site.shape) for name, site in known.items() if name.endswith('.pattern')}
   assert shapes == {
-      'encoder.layers.self_attention.pattern': (N, B, H, S, S), 'decoder.layers.self_attention.pattern': (N, B, H, T, T),
+      'encoder.layers.self_attention.pattern': (N, B, H, S, S),
+      'decoder.layers.self_attention.pattern': (N, B, H, T, T),
       'decoder.layers.cross_attention.pattern': (N, B, H, T, S)}
 
 

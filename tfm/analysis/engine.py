@@ -6,8 +6,8 @@
     edit(run.model, run.params, inputs, Edit('encoder.layers.resid_post', replace=is_there_Nx1xSx1, value=0.0))
 
 An edit is data: which layers, heads and positions it touches are arrays, so that a new choice of them runs in the
-program that the last one compiled, and can be mapped over, differentiated and sharded like any argument. The model knows
-nothing of it: its `Tap` modules and scans let pass what stands here.
+program that the last one compiled, and can be mapped over, differentiated and sharded like any argument. The model
+knows nothing of it: its `Tap` modules and scans let pass what stands here.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Edit:
   scale: Any = None
   add: Any = None
   function: Callable[[jax.Array, jax.Array], jax.Array] | None = struct.field(pytree_node=False, default=None)
-  """Instead of `value`: (y, layer int32 []) -> a new y of the same shape, used where `replace` says. Another function is
-  another program."""
+  """Instead of `value`: (y, layer int32 []) -> a new y of the same shape, used where `replace` says. Another function
+  is another program."""
 
 
 @struct.dataclass
@@ -76,7 +76,8 @@ class Run:
   """By the name that was asked for; rows of layers have the axis N in front."""
 
 
-def read(model: nn.Module, params: Any, inputs: Any, where: Where, *, method: str | None = None) -> dict[str, jax.Array]:
+def read(model: nn.Module, params: Any, inputs: Any, where: Where, *,
+         method: str | None = None) -> dict[str, jax.Array]:
   """The values at some sites, by name. Arguments are those of `run`."""
   return run(model, params, inputs, where=where, method=method).readings
 
@@ -188,7 +189,8 @@ def _wanted(where: Where, known: Mapping[str, Site]) -> tuple[tuple[str, Site, i
   if isinstance(where, str):
     where = [where]
   asked = where if isinstance(where, Mapping) else dict.fromkeys(where)
-  wanted = {name: (name, *find(name, known), reduce) for each, reduce in asked.items() for name in matching(each, known)}
+  wanted = {name: (name, *find(name, known), reduce)
+            for each, reduce in asked.items() for name in matching(each, known)}
   reduces: dict[str, set] = {}
   for name, site, _, reduce in wanted.values():
     reduces.setdefault(site.name, set()).add(reduce)

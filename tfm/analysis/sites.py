@@ -2,8 +2,8 @@
 
 A site is the output of a module, most often of a `Tap`, whose name says what passes there. Its name is the path of the
 module in the model with dots; a number in brackets picks one of a row of layers, and without it all are meant, with a
-leading axis N. Names and values are the same whether layers are scanned or unrolled. A `*` in a name that is read stands
-for anything: `*.pattern` are the patterns of all attentions.
+leading axis N. Names and values are the same whether layers are scanned or unrolled. A `*` in a name that is read
+stands for anything: `*.pattern` are the patterns of all attentions.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def sites(model: nn.Module, params: Any, inputs: Any, method: str | None = None)
     method: of the model; None is `__call__`.
   """
   leaves, tree = jax.tree.flatten((params, as_inputs(inputs)))
-  return _sites(with_reference(model), method, tree, tuple((leaf.shape, leaf.dtype) for leaf in map(_with_shape, leaves)))
+  shapes = tuple((leaf.shape, leaf.dtype) for leaf in map(_with_shape, leaves))
+  return _sites(with_reference(model), method, tree, shapes)
 
 
 def find(name: str, known: Mapping[str, Site]) -> tuple[Site, int | None]:

@@ -87,6 +87,6 @@ def real_keys(mask: AttentionMask, B: int, S: int) -> jax.Array | None:
 
 OVER_TIME = dict(
     variable_broadcast='params', split_rngs={'params': False},
-    # Taps in a loop over time hold one query, RxHxS, and give RxHxTxS together. What was read or is edited outside of it
-    # (`tfm.analysis.engine`) has no such axis, and stays outside.
+    # Taps in a loop over time hold one query, RxHxS, and give RxHxTxS together. What was read or is edited outside of
+    # it (`tfm.analysis.engine`) has no such axis, and stays outside.
     variable_axes={DenyList(('params', 'readings', 'edits')): 2})
