@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,54 +11,11 @@ import pytest
 
 from tfm.analysis.engine import Edit, edit, program, read, run
 from tfm.analysis.sites import find, matching, named, parse, sites
-from tfm.config import ConvolutionalConfig, RecurrentConfig, TransformerConfig
-from tfm.models.build import build_model, initialize
-from tfm.models.layout import to_layout
 
-V, D, N, H, T, S = 11, 16, 4, 4, 6, 8
-SOURCE_BxS = np.array([[5, 6, 7, 8, 9, 2, 0, 0], [4, 9, 2, 0, 0, 0, 0, 0], [3, 8, 5, 5, 10, 4, 7, 2]])
-TARGET_BxT = np.array([[1, 7, 10, 4, 6, 0], [1, 9, 6, 0, 0, 0], [1, 5, 5, 10, 8, 6]])
-B = len(SOURCE_BxS)
-
-transformer = partial(TransformerConfig, d_model=D, d_ff=24, num_heads=H, dropout=0.0, norm='pre')
-recurrent = partial(RecurrentConfig, d_model=D, d_hidden=12, dropout=0.0)
-CONFIGS = {
-    'encoder_decoder': transformer(encoder_layers=N, decoder_layers=N),
-    'decoder_only': transformer(encoder_layers=0, decoder_layers=N, positions='rope', num_kv_heads=2),
-    'encoder_only': transformer(encoder_layers=N, decoder_layers=0, norm='post'),
-    'conformer': transformer(encoder_layers=N, decoder_layers=N, convolution='conformer'),
-    'bahdanau': recurrent(encoder_layers=2),
-    'luong': recurrent(query='current', input_feeding=True, score='general', readout='tanh', decoder_layers=2),
-    'rnn_lm': recurrent(encoder_layers=0, decoder_layers=2),
-    'conv_s2s': ConvolutionalConfig(d_model=D, d_hidden=12, encoder_layers=2, decoder_layers=3, dropout=0.0,
-                                    max_positions=12),
-}
+V, D, N, H, B, T, S = 11, 16, 4, 4, 3, 6, 8
+FAMILIES = ('encoder_decoder', 'decoder_only', 'encoder_only', 'conformer', 'bahdanau', 'luong', 'rnn_lm', 'conv_s2s')
 THREE = ('encoder_decoder', 'decoder_only', 'encoder_only')
 LAYOUTS = ('scanned', 'unrolled')
-
-
-@cache
-def parameters(family: str):
-  """Random parameters in the unrolled layout, none of them where it began, so that nothing is 0 or 1 by chance."""
-  params = initialize(build(family, 'unrolled')[0], jax.random.key(0))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  return jax.tree.unflatten(tree, [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)])
-
-
-def build(family: str, layout: str, **changes):
-  """A model, and what it reads."""
-  config = CONFIGS[family]
-  if layout == 'scanned':
-    changes['scan_layers'] = True
-  model = build_model(dataclasses.replace(config, **changes), V, V)
-  sides = {'encoder_decoder': (SOURCE_BxS, TARGET_BxT), 'decoder_only': (TARGET_BxT,), 'encoder_only': (SOURCE_BxS,)}
-  return model, tuple(map(jnp.asarray, sides[config.shape]))
-
-
-def case(family: str, layout: str = 'unrolled', **changes):
-  model, inputs = build(family, layout, **changes)
-  return model, to_layout(parameters(family), layout), inputs
 
 
 def last_stack(family: str) -> str:
@@ -74,14 +30,14 @@ def plain(model, params, inputs, **kwargs):
 
 
 @pytest.mark.parametrize('family', [*THREE, 'conformer'])
-def test_sites_are_the_same_scanned_or_unrolled(family):
+def test_sites_are_the_same_scanned_or_unrolled(case, family):
   one, other = (sites(*case(family, layout)) for layout in LAYOUTS)
   assert one.keys() == other.keys()
   assert {name: (site.layers, site.shape) for name, site in one.items()} == {
       name: (site.layers, site.shape) for name, site in other.items()}
 
 
-def test_the_attentions_of_an_encoder_decoder_have_the_shapes_of_their_sides():
+def test_the_attentions_of_an_encoder_decoder_have_the_shapes_of_their_sides(case):
   known = sites(*case('encoder_decoder', 'scanned'))
   shapes = {name: (site.layers, *site.shape) for name, site in known.items() if name.endswith('.pattern')}
   assert shapes == {
@@ -90,8 +46,8 @@ def test_the_attentions_of_an_encoder_decoder_have_the_shapes_of_their_sides():
       'decoder.layers.cross_attention.pattern': (N, B, H, T, S)}
 
 
-@pytest.mark.parametrize('family', CONFIGS)
-def test_every_family_has_its_attentions_and_states_among_its_sites(family):
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_family_has_its_attentions_and_states_among_its_sites(case, family):
   model, params, inputs = case(family)
   known = sites(model, params, inputs)
   wanted = {'resid_post'} if family in (*THREE, 'conformer', 'conv_s2s') else {'states'}
@@ -106,7 +62,7 @@ def test_every_family_has_its_attentions_and_states_among_its_sites(family):
       np.testing.assert_allclose(np.sum(value, axis=-1), 1.0, atol=1e-5)
 
 
-def test_names():
+def test_names(case):
   assert parse('decoder.layers[3].z') == ('decoder.layers.z', 3)
   assert parse('target_embed') == ('target_embed', None)
   assert named(('decoder', 'layers_3', 'z'), scanned=False) == ('decoder.layers.z', 3)
@@ -125,7 +81,7 @@ def test_names():
     'decoder layers': 'no name of a site',
     '*.nothing': 'is like',
 }.items())
-def test_bad_names_are_refused(name, message):
+def test_bad_names_are_refused(case, name, message):
   model, params, inputs = case('encoder_decoder')
   with pytest.raises(ValueError, match=message):
     read(model, params, inputs, where=name)
@@ -135,7 +91,7 @@ def test_bad_names_are_refused(name, message):
 
 
 @pytest.mark.parametrize('family', THREE)
-def test_layers_read_the_same_scanned_or_unrolled(family):
+def test_layers_read_the_same_scanned_or_unrolled(case, family):
   where = [f'{last_stack(family)}.layers.{name}'
            for name in ('resid_post', 'mlp', 'self_attention.pattern', 'self_attention.z', 'self_attention.query')]
   one, other = (read(*case(family, layout), where=where) for layout in LAYOUTS)
@@ -147,14 +103,14 @@ def test_layers_read_the_same_scanned_or_unrolled(family):
       np.testing.assert_allclose(read(*case(family, layout), where=name)[name], one[where[0]][i], atol=2e-5)
 
 
-def test_a_pattern_is_read_whatever_kernel_the_model_has():
+def test_a_pattern_is_read_whatever_kernel_the_model_has(case):
   model, params, inputs = case('encoder_decoder', attention_backend='blockwise')
   where = 'decoder.layers.cross_attention.pattern'
   expected = read(*case('encoder_decoder'), where=where)[where]
   np.testing.assert_array_equal(read(model, params, inputs, where=where)[where], expected)
 
 
-def test_only_a_request_for_patterns_leaves_the_kernel_of_the_model():
+def test_only_a_request_for_patterns_leaves_the_kernel_of_the_model(case):
   def loops_over_blocks(where):
     model, params, inputs = case('decoder_only', attention_backend='blockwise')
     return 'scan[' in str(jax.make_jaxpr(lambda: run(model, params, inputs, where=where).readings)())
@@ -168,7 +124,7 @@ def mean_entropy(pattern_BxHxTxS):
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_values_are_reduced_where_they_arise(layout):
+def test_values_are_reduced_where_they_arise(case, layout):
   name = 'decoder.layers.self_attention.pattern'
   model, params, inputs = case('encoder_decoder', layout)
   reduced = read(model, params, inputs, where={name: mean_entropy})[name]
@@ -180,7 +136,7 @@ def test_values_are_reduced_where_they_arise(layout):
   assert f'f32[{N},{B},{H},{T},{T}]' not in text  # patterns of all layers never stand side by side
 
 
-def test_one_site_has_one_reduction():
+def test_one_site_has_one_reduction(case):
   model, params, inputs = case('decoder_only')
   with pytest.raises(ValueError, match='two functions'):
     read(model, params, inputs, where={'decoder.layers.resid_post': None, 'decoder.layers[0].resid_post': jnp.sum})
@@ -190,26 +146,26 @@ def test_one_site_has_one_reduction():
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('family', CONFIGS)
-def test_an_edit_of_nothing_changes_nothing(family, layout):
+@pytest.mark.parametrize('family', FAMILIES)
+def test_an_edit_of_nothing_changes_nothing(case, family, layout):
   if layout == 'scanned' and family not in (*THREE, 'conformer'):
     pytest.skip('these layers are always unrolled')
   model, params, inputs = case(family, layout)
   known = sites(model, params, inputs)
   name = next(name for name in known if name.endswith(('resid_post', 'states')))
   expected = plain(model, params, inputs)
-  found = edit(model, params, inputs, Edit(name, replace=False, value=3.0, scale=1.0, add=0.0))
+  found = edit(model, params, inputs, Edit(name, at=False, value=3.0, scale=1.0, add=0.0))
   # sqrt(0.5) of one layer and of the next are one product to XLA, unless something stands between them.
   np.testing.assert_allclose(found, expected, rtol=0, atol=5e-7 if family == 'conv_s2s' else 0)
 
 
 def identity(pattern, layers):
-  return Edit(pattern, replace=jnp.isin(jnp.arange(N), jnp.asarray(layers, int)).reshape(N, 1, 1, 1, 1),
+  return Edit(pattern, at=jnp.isin(jnp.arange(N), jnp.asarray(layers, int)).reshape(N, 1, 1, 1, 1),
               value=jnp.eye(T)[None, None, None])
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_all_subsets_of_layers_run_in_one_program(layout):
+def test_all_subsets_of_layers_run_in_one_program(case, layout):
   model, params, inputs = case('decoder_only', layout)
   name = 'decoder.layers.self_attention.pattern'
   program.cache_clear()
@@ -224,7 +180,7 @@ def test_all_subsets_of_layers_run_in_one_program(layout):
 
 
 @pytest.mark.parametrize('family', THREE)
-def test_short_circuits_are_the_same_scanned_or_unrolled_and_as_computed_by_hand(family):
+def test_short_circuits_are_the_same_scanned_or_unrolled_and_as_computed_by_hand(case, family):
   name = f'{last_stack(family)}.layers.self_attention.pattern'
   length = S if family == 'encoder_only' else T
   for layers in [(2,), (0, 3)]:
@@ -234,12 +190,12 @@ def test_short_circuits_are_the_same_scanned_or_unrolled_and_as_computed_by_hand
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_a_numbered_edit_touches_that_layer_alone(layout):
+def test_a_numbered_edit_touches_that_layer_alone(case, layout):
   model, params, inputs = case('encoder_decoder', layout)
   value = jax.random.normal(jax.random.key(2), (B, T, D))
   name = 'decoder.layers.resid_post'
   found = run(model, params, inputs, where=name,
-              edits=Edit('decoder.layers[1].resid_post', value=value, replace=jnp.arange(T)[None, :, None] == 2))
+              edits=Edit('decoder.layers[1].resid_post', value=value, at=jnp.arange(T)[None, :, None] == 2))
   before = read(model, params, inputs, where=name)[name]
   after = found.readings[name]
   np.testing.assert_array_equal(after[0], before[0])
@@ -249,40 +205,40 @@ def test_a_numbered_edit_touches_that_layer_alone(layout):
   assert not np.allclose(after[2, :, 3], before[2, :, 3], atol=1e-4)
 
 
-def test_scale_add_and_several_edits_of_one_site_happen_in_order():
+def test_scale_add_and_several_edits_of_one_site_happen_in_order(case):
   model, params, inputs = case('decoder_only', 'scanned')
   name = 'decoder.layers.mlp'
   before = read(model, params, inputs, where=name)[name][0]
   found = run(model, params, inputs, where='decoder.layers[0].mlp', edits=[
       Edit('decoder.layers[0].mlp', scale=2.0, add=1.0),
-      Edit('decoder.layers.mlp', replace=jnp.arange(N) == 0, function=lambda y, layer: y * 3 + layer)])
+      Edit('decoder.layers.mlp', at=jnp.arange(N) == 0, function=lambda y, layer: y * 3 + layer)])
   np.testing.assert_allclose(found.readings['decoder.layers[0].mlp'], (before * 2 + 1) * 3, rtol=1e-6)
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_a_function_is_told_its_layer(layout):
+def test_a_function_is_told_its_layer(case, layout):
   model, params, inputs = case('decoder_only', layout)
   name = 'decoder.layers.self_attention.z'
   found = run(model, params, inputs, where=name, edits=Edit(
-      name, replace=jnp.arange(N) >= 2, function=lambda y, layer: jnp.full_like(y, layer)))
+      name, at=jnp.arange(N) >= 2, function=lambda y, layer: jnp.full_like(y, layer)))
   np.testing.assert_array_equal(found.readings[name][2:], np.broadcast_to(
       np.array([2, 3]).reshape(2, 1, 1, 1, 1), found.readings[name][2:].shape))
 
 
-def test_masked_scores_can_be_replaced():
+def test_masked_scores_can_be_replaced(case):
   model, params, inputs = case('decoder_only')
   name = 'decoder.layers.self_attention.scores'
   found = run(model, params, inputs, where='decoder.layers.self_attention.pattern',
-              edits=Edit(name, replace=True, value=0.0))
+              edits=Edit(name, at=True, value=0.0))
   assert np.isfinite(found.output).all()
 
 
-def test_future_positions_never_change_under_a_causal_patch():
+def test_future_positions_never_change_under_a_causal_patch(case):
   model, params, inputs = case('decoder_only', 'scanned')
 
   def changed(layer, position):
     replace = (jnp.arange(N) == layer).reshape(N, 1, 1, 1) & (jnp.arange(T) == position).reshape(1, 1, T, 1)
-    return edit(model, params, inputs, Edit('decoder.layers.resid_post', replace=replace, value=9.0))
+    return edit(model, params, inputs, Edit('decoder.layers.resid_post', at=replace, value=9.0))
 
   grid = jax.jit(jax.vmap(jax.vmap(changed, (None, 0)), (0, None)))(jnp.arange(N), jnp.arange(T))
   before = plain(model, params, inputs)
@@ -292,7 +248,7 @@ def test_future_positions_never_change_under_a_causal_patch():
     assert (np.abs(grid[:, position, :, position] - before[:, position]).max(-1) > 1e-3).all()
 
 
-def test_gradients_flow_to_what_is_added():
+def test_gradients_flow_to_what_is_added(case):
   model, params, inputs = case('decoder_only', 'scanned')
   name = 'decoder.layers.resid_post'
 
@@ -310,7 +266,7 @@ def test_gradients_flow_to_what_is_added():
 
 @pytest.mark.parametrize('policy', ['full', 'dots'])
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_rematerialised_layers_read_and_edit_the_same(layout, policy):
+def test_rematerialised_layers_read_and_edit_the_same(case, layout, policy):
   name = 'decoder.layers.self_attention.pattern'
   one, other = (run(*case('decoder_only', layout, remat=remat), where=name, edits=identity(name, [1]))
                 for remat in ('none', policy))
@@ -318,7 +274,7 @@ def test_rematerialised_layers_read_and_edit_the_same(layout, policy):
   np.testing.assert_allclose(one.readings[name], other.readings[name], atol=1e-6)
 
 
-def test_a_compiled_function_around_an_edit_is_no_other_functions_program():
+def test_a_compiled_function_around_an_edit_is_no_other_functions_program(case):
   model, params, inputs = case('decoder_only')
   apply = jax.jit(lambda params: model.apply({'params': params}, *inputs))
   before = apply(params)
@@ -335,7 +291,7 @@ def test_a_compiled_function_around_an_edit_is_no_other_functions_program():
     'growing': (Edit('decoder.layers.mlp', function=lambda y, layer: y[..., None]), 'gives shape'),
     'both': (Edit('decoder.layers.mlp', value=0.0, function=lambda y, layer: y), 'a value and a function'),
 }.values(), ids=lambda each: '')
-def test_bad_edits_are_refused(change, message):
+def test_bad_edits_are_refused(case, change, message):
   model, params, inputs = case('decoder_only')
   with pytest.raises(ValueError, match=message):
     edit(model, params, inputs, change)
@@ -347,7 +303,7 @@ def test_bad_edits_are_refused(change, message):
 @pytest.mark.parametrize('family, layout', [('encoder_decoder', 'unrolled'), ('encoder_decoder', 'scanned'),
                                             ('decoder_only', 'unrolled'), ('decoder_only', 'scanned'),
                                             ('bahdanau', 'unrolled'), ('luong', 'unrolled'), ('conv_s2s', 'unrolled')])
-def test_an_edit_in_cached_decoding_is_that_in_the_parallel_pass(family, layout):
+def test_an_edit_in_cached_decoding_is_that_in_the_parallel_pass(case, family, layout):
   model, params, inputs = case(family, layout)
   memory = () if len(inputs) == 1 else (plain(model, params, inputs[:1], method='encode'),)
   known = sites(model, params, inputs)
@@ -356,7 +312,7 @@ def test_an_edit_in_cached_decoding_is_that_in_the_parallel_pass(family, layout)
     shape = (*(() if known[pattern].layers is None else (known[pattern].layers,)), *known[pattern].shape)
     # What has not been written yet cannot be attended to.
     past = jnp.tril(jnp.ones((T, T), bool)) if 'self' in pattern else True
-    edits.append(Edit(pattern, replace=jax.random.bernoulli(jax.random.key(5 + i), 0.3, shape) & past,
+    edits.append(Edit(pattern, at=jax.random.bernoulli(jax.random.key(5 + i), 0.3, shape) & past,
                       value=jax.random.uniform(jax.random.key(8 + i), shape)))
   stream = next((name for name in known if name.startswith('decoder') and name.endswith('resid_mid')), None)
   if stream:

@@ -3,7 +3,7 @@
     run = tfm.load('runs/numbers')
     inputs = source_BxS, target_BxT
     read(run.model, run.params, inputs, where='decoder.layers[1].cross_attention.pattern')
-    edit(run.model, run.params, inputs, Edit('encoder.layers.resid_post', replace=is_there_Nx1xSx1, value=0.0))
+    edit(run.model, run.params, inputs, Edit('encoder.layers.resid_post', at=is_there_Nx1xSx1, value=0.0))
 
 An edit is data: which layers, heads and positions it touches are arrays, so that a new choice of them runs in the
 program that the last one compiled, and can be mapped over, differentiated and sharded like any argument. The model
@@ -43,26 +43,26 @@ Reduce = Callable[[jax.Array], jax.Array]
 
 Where = str | Sequence[str] | Mapping[str, Reduce | None]
 
-FIELDS = ('replace', 'value', 'scale', 'add')
+FIELDS = ('at', 'value', 'scale', 'add')
 
 
 @struct.dataclass
 class Edit:
-  """What becomes of the values of one site: y -> where(replace, value, scale * y) + add.
+  """What becomes of the values of one site: y -> where(at, value, scale * y) + add.
 
   Arrays have the axes of the site's value, 1 where they are the same all along; a site that is a row of layers, and is
   named without a number, has the axis N in front. Scalars, and N numbers for a row of layers, are allowed too. What is
-  left out changes nothing; `replace` without `value` puts zeros, `value` without `replace` replaces everything.
+  left out changes nothing; `at` without `value` puts zeros, `value` without `at` replaces everything.
   """
 
   site: str = struct.field(pytree_node=False)
-  replace: Any = None
-  """bool: where."""
+  at: Any = None
+  """bool: where the value is replaced."""
   value: Any = None
   scale: Any = None
   add: Any = None
   function: Callable[[jax.Array, jax.Array], jax.Array] | None = struct.field(pytree_node=False, default=None)
-  """Instead of `value`: (y, layer int32 []) -> a new y of the same shape, used where `replace` says. Another function
+  """Instead of `value`: (y, layer int32 []) -> a new y of the same shape, used where `at` says. Another function
   is another program."""
 
 
@@ -113,7 +113,8 @@ def run(model: nn.Module, params: Any, inputs: Any, *, edits: Edit | Sequence[Ed
   variables, functions = _placed([edits] if isinstance(edits, Edit) else edits, known, start)
   if any(site.holds_pattern for _, site, *_ in wanted) or EDITS[True] in variables:
     model = with_reference(model)
-  return program(model, method, wanted, functions)(params, inputs, variables)
+  found = program(model, method, wanted, functions)(params, inputs, variables)
+  return Run(found.output, {name: found.readings[name] for name, *_ in wanted})  # as asked, not by alphabet
 
 
 @functools.lru_cache(maxsize=256)
@@ -160,10 +161,10 @@ def _edited(y: jax.Array, arrays: dict[str, jax.Array], function, path: Path) ->
     if value.shape != y.shape:
       raise ValueError(f'The function at {"/".join(path)} gives shape {value.shape} for {y.shape}.')
   else:
-    value = arrays.get('value', None if 'replace' not in arrays else jnp.zeros((), y.dtype))
+    value = arrays.get('value', None if 'at' not in arrays else jnp.zeros((), y.dtype))
   if value is not None:
     # A choice, not a sum with weights: masked scores are -inf.
-    new = jnp.where(arrays.get('replace', True), value.astype(y.dtype), new)
+    new = jnp.where(arrays.get('at', True), value.astype(y.dtype), new)
   return new if 'add' not in arrays else new + arrays['add'].astype(y.dtype)
 
 
@@ -228,7 +229,7 @@ def _arrays(each: Edit, site: Site, layer: int | None, start) -> dict[str, jax.A
   if each.function is not None:
     if 'value' in given:
       raise ValueError(f"The edit of '{each.site}' has a value and a function; give one of them.")
-    given.setdefault('replace', jnp.asarray(True))
+    given.setdefault('at', jnp.asarray(True))
   if not given:
     raise ValueError(f"The edit of '{each.site}' changes nothing; give it {', '.join(FIELDS)} or function.")
   arrays = {name: _with_axes(array, name, each.site, site, layer, start) for name, array in given.items()}
@@ -242,8 +243,8 @@ def _arrays(each: Edit, site: Site, layer: int | None, start) -> dict[str, jax.A
     for name, neutral in (('scale', 1), ('add', 0)):
       if name in arrays:
         arrays[name] = jnp.where(here, arrays[name], neutral)
-    if 'value' in arrays or 'replace' in arrays:
-      arrays['replace'] = jnp.logical_and(arrays.get('replace', True), here)
+    if 'value' in arrays or 'at' in arrays:
+      arrays['at'] = jnp.logical_and(arrays.get('at', True), here)
   if each.function is not None:
     arrays['layer'] = jnp.arange(site.layers) if layer is None or site.scanned else jnp.full((1,), layer)
   return arrays
