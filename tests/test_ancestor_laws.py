@@ -93,7 +93,13 @@ class Case:
     return jax.jit(run)
 
 
-@pytest.fixture(scope='module', params=[*ENCODER_DECODERS, *LANGUAGE_MODELS])
+QUICK = {'fixed lstm', 'every step gru', 'bahdanau', 'luong', 'local predictive', 'convolutional', 'lstm', 'window',
+         'convolutions'}
+"""One for each part of the code; the others take three minutes."""
+
+
+@pytest.fixture(scope='module', params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+                                        for name in (*ENCODER_DECODERS, *LANGUAGE_MODELS)])
 def case(request) -> Case:
   config = {**ENCODER_DECODERS, **LANGUAGE_MODELS}[request.param]
   model, random = build_model(config, V, V), np.random.default_rng(0)

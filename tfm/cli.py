@@ -1,4 +1,4 @@
-"""The command line: `train.py`, and `tfm translate | generate | evaluate | average | export | plan | compare`."""
+"""The command line: `train.py`; `tfm translate | generate | evaluate | inspect | average | export | plan | compare`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tfm.compare import compare
 from tfm.config import Config
 from tfm.errors import UserError
 from tfm.evaluate import evaluate
+from tfm.inspect import inspect
 from tfm.parallel.distributed import Distributed, leave_at_once, part
 from tfm.recipe import read_recipe
 
@@ -26,8 +27,8 @@ log = logging.getLogger('tfm')
 
 def main() -> None:
   """`tfm`: use trained runs, compare them, or plan one."""
-  commands = {'translate': translate, 'generate': generate, 'evaluate': evaluate, 'average': average, 'export': export,
-              'plan': plan, 'compare': compare}
+  commands = {'translate': translate, 'generate': generate, 'evaluate': evaluate, 'inspect': inspect,
+              'average': average, 'export': export, 'plan': plan, 'compare': compare}
   _run(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog='tfm', description='Use, compare and plan runs.'))
 
 

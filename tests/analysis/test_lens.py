@@ -17,12 +17,12 @@ def plain(model, params, inputs):
 
 
 @pytest.mark.parametrize('family, norm', [('encoder_decoder', 'pre'), ('decoder_only', 'post'), ('encoder_only', 'pre'),
-                                          ('encoder_only', 'post')])
+                                          ('encoder_only', 'post'), ('conv_s2s', None)])
 def test_the_last_row_is_the_model(case, family, norm):
-  model, params, inputs = case(family, norm=norm)
+  model, params, inputs = case(family, **({} if norm is None else dict(norm=norm)))
   found = logit_lens(model, params, inputs)
   expected = plain(model, params, inputs)
-  assert found.shape == (4, *expected.shape)
+  assert found.shape[1:] == expected.shape
   np.testing.assert_allclose(found[-1], expected, atol=1e-5)
   assert not np.allclose(found[-2], expected, atol=1e-2)
 

@@ -97,7 +97,7 @@ def test_weight_norm_changes_nothing_at_first(x_BxTxF):
   module, plain = (convolution(False, 3, 'none', 0, weight_norm=norm) for norm in (True, False))
   variables, without = (jax.jit(each.init)(jax.random.key(0), x_BxTxF) for each in (module, plain))
   assert set(without['params']) == {'kernel', 'bias'}
-  np.testing.assert_array_equal(without['params']['kernel'], variables['params']['kernel'])
+  np.testing.assert_allclose(without['params']['kernel'], variables['params']['kernel'], rtol=1e-6)
   np.testing.assert_allclose(module.apply(variables, x_BxTxF), plain.apply(without, x_BxTxF), atol=1e-6)
 
 

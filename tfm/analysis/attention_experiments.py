@@ -9,43 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tfm.analysis.result import Result, Verdict
+from tfm.analysis.result import Result, as_result, interval
 from tfm.attention.alignments import soft
 from tfm.attention.score_functions import general, multiplicative, scaled
-
-if TYPE_CHECKING:
-  from matplotlib.axes import Axes
-  from matplotlib.figure import Figure
-
-def _figure(plot: Callable[[Axes], None], title: str) -> Figure:
-  from matplotlib.figure import Figure
-  figure = Figure(figsize=(6, 4), layout='constrained')
-  axes = figure.subplots()
-  plot(axes)
-  axes.set_title(title, fontsize=10, wrap=True)
-  return figure
-
-
-def _result(name: str, claim: str, criterion: str, control: str, measured: dict[str, Any], verdict: Verdict,
-            plot: Callable[[Axes], None]) -> Result:
-  """In `measured` a pair `(mean, (low, high))` has its 95 % bootstrap interval over seeds."""
-  return Result(name, claim, criterion, measured, verdict, control, partial(_figure, plot, f'{claim}: {verdict}'))
-
-
-def interval(values, draws: int = 2000) -> tuple[float, tuple[float, float]]:
-  """Mean over seeds and its 95 % bootstrap interval."""
-  values = np.asarray(values, np.float64)
-  picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-  low, high = np.quantile(values[picks].mean(axis=1), (0.025, 0.975))
-  return float(values.mean()), (float(low), float(high))
-
 
 # -- query, key and value have roles ----------------------------------------------------------------------------------
 
@@ -83,7 +55,7 @@ def run_roles(pairs: int = 32, code: int = 16, steps: int = 2000, seeds: int = 5
     axes.axhline(1 / pairs, color='black', linestyle=':')
     axes.set_ylabel('accuracy')
 
-  return _result('E2', 'keys and values are different things',
+  return as_result('E2', 'keys and values are different things',
                  'untied >= 99 %; keys and values in one matrix >= 20 points lower at the same width, or lower even at '
                  '1.5 times the width; exchanged at inference <= 1.5 times chance; refuted if the gap may be 0',
                  'keys and values exchanged after training: at chance, as it must be', measured, verdict, plot)
@@ -167,7 +139,7 @@ def run_swapped(ways: int = 5, shots: int = 5, width: int = 16, episodes: int = 
     axes.axhline(chance, color='black', linestyle=':')
     axes.set_ylabel(f'accuracy, {ways}-way {shots}-shot')
 
-  return _result('E3', 'who asks and who answers is not symmetric',
+  return as_result('E3', 'who asks and who answers is not symmetric',
                  'without a skip >= 30 points between the directions, the second at chance; content of the answering '
                  'side >= 0.5 R2 above that of the asking side; normed over the same axis the difference is gone',
                  'the same scores normed over the other axis: no difference any more', measured, verdict, plot)
@@ -252,7 +224,7 @@ def run_dictionary(entries: int = 64, width: int = 64, betas=(5.0, 10.0, 15.0, 2
     axes.set_xlabel('inverse temperature')
     axes.legend()
 
-  return _result('E4', 'attention is a soft dictionary',
+  return as_result('E4', 'attention is a soft dictionary',
                  'error never above the bound; log error falls with slope <= -0.9 m; half-way error < 1e-3; beta 0 '
                  'gives the mean; beta < 0 must miss',
                  'an inverse temperature below 0: misses', measured, 'holds' if passed else 'fails', plot)
@@ -310,7 +282,7 @@ def run_scale(widths=(4, 16, 64, 256, 1024), keys: int = 64, queries: int = 128,
     axes.set_ylabel(f'entropy of the weights over {keys} keys, nats')
     axes.legend()
 
-  return _result('E5', 'without 1 / sqrt(d_k) wide heads are almost hard',
+  return as_result('E5', 'without 1 / sqrt(d_k) wide heads are almost hard',
                  'unscaled entropy falls with d_k in every seed, to < 0.2 nats at the widest; scaled it varies by < 2 '
                  '%, and unscaled it must not',
                  'without the scale: entropy falls with the width', measured, 'holds' if passed else 'fails', plot)

@@ -29,17 +29,20 @@ def last_stream(model) -> str:
   return f"{'encoder' if model.config.shape == 'encoder_only' else 'decoder'}.layers.resid_post"
 
 
+def to_logits(module, x_BxTxD: jax.Array) -> jax.Array:
+  """A method for `apply`: the stream behind any layer of the last stack to logits, as if that layer were the last."""
+  config = module.config
+  if config.kind == 'convolutional':
+    x_BxTxD = module.decoder.output_projection(x_BxTxD)
+  elif config.shape == 'encoder_only' and config.norm != 'post':
+    x_BxTxD = module.encoder_norm(x_BxTxD)  # an encoder's `unembed` wants states behind the norm
+  return module.unembed(x_BxTxD)
+
+
 @partial(jax.jit, static_argnames='model')
 def unembed(model, params: Any, streams: jax.Array) -> jax.Array:
   """Residual streams, ...xBxTxD, to logits, ...xBxTxV float32: final norm and output matrix."""
-
-  def read_out(module, x):
-    # What `unembed` of an encoder expects is behind its final norm.
-    behind = module.config.shape == 'encoder_only' and module.config.norm != 'post'
-    return module.unembed(module.encoder_norm(x) if behind else x)
-
-  flat = streams.reshape(-1, *streams.shape[-2:])
-  logits = model.apply({'params': params}, flat, method=read_out)
+  logits = model.apply({'params': params}, streams.reshape(-1, *streams.shape[-2:]), method=to_logits)
   return logits.reshape(*streams.shape[:-1], -1)
 
 
