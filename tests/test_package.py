@@ -23,7 +23,7 @@ FLOORS = [
     {'models', 'text', 'scores'},
     {'analysis', 'interop', 'training', 'translator', 'generator', 'encoder', 'loaded', 'parallel.compile',
      'parallel.estimate', 'parallel.plan'},
-    {'pipeline', 'recipe', 'evaluate', 'compare', 'inspect', 'cli'},
+    {'pipeline', 'recipe', 'evaluate', 'compare', 'inspect', 'claims', 'cli'},
 ]
 HEAVY = ('jax', 'flax', 'optax', 'orbax', 'numpy', 'tokenizers', 'sacrebleu', 'num2words', 'tyro', 'tqdm',
          'tensorboardX', 'matplotlib')

@@ -1,4 +1,5 @@
-"""The command line: `train.py`; `tfm translate | generate | evaluate | inspect | average | export | plan | compare`."""
+"""The command line: `train.py`; `tfm translate | generate | evaluate | inspect | average | export | plan | compare |
+claims`."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from typing import Annotated, Literal, TextIO
 
 import tyro
 
+from tfm.claims import claims
 from tfm.compare import compare
 from tfm.config import Config
 from tfm.errors import UserError
@@ -28,7 +30,7 @@ log = logging.getLogger('tfm')
 def main() -> None:
   """`tfm`: use trained runs, compare them, or plan one."""
   commands = {'translate': translate, 'generate': generate, 'evaluate': evaluate, 'inspect': inspect,
-              'average': average, 'export': export, 'plan': plan, 'compare': compare}
+              'average': average, 'export': export, 'plan': plan, 'compare': compare, 'claims': claims}
   _run(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog='tfm', description='Use, compare and plan runs.'))
 
 

@@ -26,14 +26,15 @@ TIED = {'untied': (0, 1, 2), 'key = value': (0, 1, 1), 'query = key = value': (1
 
 
 def run_roles(pairs: int = 32, code: int = 16, steps: int = 2000, seeds: int = 5, batch: int = 64, rate: float = 1e-2,
-              wider: tuple[float, ...] = (1.5, 2.0)) -> Result:
+              wider: tuple[float, ...] = (1.5, 2.0), seed: int = 0) -> Result:
   """Keys and values of their own against one matrix for both, on bindings: which value came with this key?
 
   A token is [key; value], two random codes, fresh in every batch; the query is [key; 0]. One layer of one head; what it
   returns is compared with the values of the sequence. Tied matrices of the width of a code have to carry key and value
   in one, wider ones have room. Queries and keys begin with the same matrix, so that no arm has to find it by luck.
   """
-  train = partial(_train_bindings, pairs=pairs, code=code, steps=steps, seeds=seeds, batch=batch, rate=rate)
+  keys = jax.random.split(jax.random.key(seed), seeds)
+  train = partial(_train_bindings, pairs=pairs, code=code, steps=steps, keys=keys, batch=batch, rate=rate)
   rights, exchanged, asymmetries = train(jnp.array([*TIED.values()]), code)
   accuracy = dict(zip(TIED, rights)) | {
       f'key = value, {times} times as wide': train(jnp.array([TIED['key = value']]), round(times * code))[0][0]
@@ -69,7 +70,7 @@ def _bindings(key, pairs, code, batch):
   return codes_BxSx2C, query_Bx1x2C.at[..., code:].set(0.0), codes_BxSx2C[..., code:], which_B
 
 
-def _train_bindings(tied_Ax3, width, pairs, code, steps, seeds, batch, rate):
+def _train_bindings(tied_Ax3, width, pairs, code, steps, keys, batch, rate):
   """Arms x seeds: accuracy, accuracy with K and V exchanged, asymmetry of the scores of a sequence with itself."""
   optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
@@ -101,14 +102,14 @@ def _train_bindings(tied_Ax3, width, pairs, code, steps, seeds, batch, rate):
     return right, exchanged, jnp.linalg.norm(scores - scores.T) / jnp.linalg.norm(scores)
 
   over_seeds = jax.vmap(one, in_axes=(None, 0))
-  keys = jax.random.split(jax.random.key(0), seeds)
   return tuple(np.asarray(x) for x in jax.jit(jax.vmap(over_seeds, in_axes=(0, None)))(tied_Ax3, keys))
 
 
 # -- which sequence asks, and which answers ---------------------------------------------------------------------------
 
 
-def run_swapped(ways: int = 5, shots: int = 5, width: int = 16, episodes: int = 400, seeds: int = 5) -> Result:
+def run_swapped(ways: int = 5, shots: int = 5, width: int = 16, episodes: int = 400, seeds: int = 5,
+                seed: int = 0) -> Result:
   """Few-shot classification without training: the query item asks the support, or the support asks the query item.
 
   Tokens are [x; label], the query's label is 0. Scores are the same in both directions, transposed. With one key, every
@@ -117,10 +118,11 @@ def run_swapped(ways: int = 5, shots: int = 5, width: int = 16, episodes: int = 
   """
   arms = 'query asks', 'query asks, skip', 'support asks', 'support asks, skip', 'support asks, normed over support'
   once = jax.jit(partial(_few_shot, ways, shots, width, episodes))
-  found = [once(jax.random.key(seed)) for seed in range(seeds)]
+  several = range(seed, seed + seeds)
+  found = [once(jax.random.key(each)) for each in several]
   accuracy = {name: np.array([float(one[0][i]) for one in found]) for i, name in enumerate(arms)}
-  content = np.array([_content(seed, width) for seed in range(seeds)])
-  asymmetry = np.array([_asymmetry(seed, width) for seed in range(seeds)])
+  content = np.array([_content(each, width) for each in several])
+  asymmetry = np.array([_asymmetry(each, width) for each in several])
   gap, chance = interval(accuracy['query asks'] - accuracy['support asks']), 1 / ways
   by_chance = interval(accuracy['support asks'])
   measured = {f'accuracy, {name}': interval(right) for name, right in accuracy.items()} | {
@@ -203,13 +205,13 @@ def _asymmetry(seed, width):
 
 
 def run_dictionary(entries: int = 64, width: int = 64, betas=(5.0, 10.0, 15.0, 20.0, 30.0, 40.0),
-                   seeds: int = 5) -> Result:
+                   seeds: int = 5, seed: int = 0) -> Result:
   """Attention with unit keys and inverse temperature beta looks a value up, but for 2 max|v| (n - 1) e^(-beta m).
 
   m is the margin, the least 1 - k_i . k_j. Noise on the query makes the answer worse by and by, where a dict raises
   KeyError; half-way between two keys it is half-way between their values.
   """
-  found = [_look_up(seed, entries, width, betas) for seed in range(seeds)]
+  found = [_look_up(each, entries, width, betas) for each in range(seed, seed + seeds)]
   errors, bounds, slopes, halves, means, negative, noisy = (np.array(x) for x in zip(*found))
   measured = {'error': errors.mean(0), 'bound': bounds.mean(0), 'slope / margin': interval(slopes),
               'half-way error at the last beta': float(halves.max()),
@@ -260,12 +262,13 @@ def _look_up(seed, entries, width, betas):
 # -- 1 / sqrt(d_k) ----------------------------------------------------------------------------------------------------
 
 
-def run_scale(widths=(4, 16, 64, 256, 1024), keys: int = 64, queries: int = 128, seeds: int = 5) -> Result:
+def run_scale(widths=(4, 16, 64, 256, 1024), keys: int = 64, queries: int = 128, seeds: int = 5,
+              seed: int = 0) -> Result:
   """Entropy of the weights, and size of the softmax's Jacobian diag(p) - p p^T, with and without 1 / sqrt(d_k).
 
   q . k of unit-variance entries has variance d_k (survey, section 3.2.1; Vaswani et al. 2017, section 3.2.1).
   """
-  found = np.array([[_sharpness(seed, width, keys, queries) for width in widths] for seed in range(seeds)])
+  found = np.array([[_sharpness(each, width, keys, queries) for width in widths] for each in range(seed, seed + seeds)])
   entropy, jacobian = ({name: found[:, :, i, j] for i, name in enumerate(('unscaled', 'scaled'))} for j in range(2))
   middle = {name: values.mean(axis=0) for name, values in entropy.items()}
   variation = {name: float(np.ptp(values) / values.mean()) for name, values in middle.items()}

@@ -20,11 +20,12 @@ from tfm.models.cells import Cell
 from tfm.models.convolution import GatedConvolution
 
 
-def run_mixing(length: int = 12, width: int = 8, inputs: int = 32, seeds: int = 5) -> Result:
+def run_mixing(length: int = 12, width: int = 8, inputs: int = 32, seeds: int = 5, seed: int = 0) -> Result:
   """D = E||M(x) - E M||_F / ||E M||_F over random inputs x, for each kind of mixing, at random weights."""
-  found = {name: [spread(operators(kind, length, width, inputs, seed)) for seed in range(seeds)]
+  several = range(seed, seed + seeds)
+  found = {name: [spread(operators(kind, length, width, inputs, each)) for each in several]
            for name, kind in KINDS.items()}
-  shift = {padding: max(shift_error(padding, length, width, seed) for seed in range(seeds))
+  shift = {padding: max(shift_error(padding, length, width, each) for each in several)
            for padding in ('circular', 'zero')}
   conditions = {
       'convolution: D < 1e-6': max(found['convolution']) < 1e-6,

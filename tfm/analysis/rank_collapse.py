@@ -26,10 +26,10 @@ FLOOR = 1e3 * np.finfo(np.float64).eps
 
 def run_rank_collapse(layers: int = 12, length: int = 64, width: int = 128, heads: int = 8, seeds: int = 5,
                       gains: tuple[float, ...] = (0.0, 1.0, 3.0, 10.0, 30.0),
-                      skips: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)) -> Result:
+                      skips: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0), seed: int = 0) -> Result:
   """r_l = ||res(X_l)|| / ||X_l|| of random stacks, layer by layer, for each arm, norm, MLP gain and skip strength."""
   with jax.enable_x64(True):
-    curves = partial(_curves, layers=layers, length=length, width=width, heads=heads, seeds=seeds)
+    curves = partial(_curves, layers=layers, length=length, width=width, heads=heads, seeds=range(seed, seed + seeds))
     arms = {(name, norm): curves(**arm, norm=norm) for name, arm in ARMS.items() for norm in (False, True)}
     by_gain = {gain: curves(skip=0.0, mlp=gain, norm=False) for gain in gains}
     by_skip = {skip: curves(skip=skip, mlp=None, norm=False) for skip in skips}
@@ -85,14 +85,14 @@ def _first_below(curve: np.ndarray, level: float) -> int:
   return int(below[0]) if len(below) else len(curve)
 
 
-def _curves(*, skip, mlp, norm, **shape) -> np.ndarray:
+def _curves(*, skip, mlp, norm, seeds, **shape) -> np.ndarray:
   """r of every layer, the input included: seeds x (layers + 1)."""
   return np.stack([_curve(*_drawn(seed, **shape), skip, 0.0 if mlp is None else mlp, norm=norm, has_mlp=mlp is not None)
-                   for seed in range(shape['seeds'])])
+                   for seed in seeds])
 
 
 @cache
-def _drawn(seed: int, *, layers, length, width, heads, seeds) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _drawn(seed: int, *, layers, length, width, heads) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The input, and the weights of all layers (LeCun et al. 1998): those of a seed are the same in every arm."""
   rng = np.random.default_rng(seed)
 

@@ -101,7 +101,7 @@ def find(name: str, known: Mapping[str, Site]) -> tuple[Site, int | None]:
   """
   bare, layer = parse(name)
   if bare not in known:
-    raise ValueError(f"The pass never reaches '{name}'{nearest(bare, known)} `sites` lists all that it reaches.")
+    raise ValueError(f"The pass never reaches '{name}'{nearest(bare, known) or '.'} `sites` lists all that it reaches.")
   site = known[bare]
   if layer is not None and site.layers is None:
     raise ValueError(f"'{name}' has a number, but '{bare}' is one place; leave the number out.")
