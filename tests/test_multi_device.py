@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 FILES = ['attention/test_ring.py', 'attention/test_ulysses.py', 'attention/test_pallas_mesh.py',
-         'parallel/test_compile.py', 'parallel/test_elastic.py']
+         'analysis/test_engine_mesh.py', 'parallel/test_compile.py', 'parallel/test_elastic.py']
 
 
 def test_every_file_that_needs_devices_is_listed():
