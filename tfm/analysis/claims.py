@@ -37,7 +37,7 @@ class Claim:
   @property
   def scales(self) -> bool:
     """Whether there is more to see at the scale of an accelerator."""
-    return self.where.startswith(('long_range_recall', 'long_range_regular', 'alignment'))
+    return self.where.startswith(('long_range_recall', 'long_range_regular', 'alignment', 'memorisation'))
 
   def run(self, scale: Scale = 'cpu', seed: int = 0) -> Result:
     """Measure; the seeds of experiments that use several are this one and those after it.
@@ -78,6 +78,7 @@ CLAIMS: Mapping[str, Claim] = {
                  drawn=False),
     'E8': Claim('self, cross and masked attention', 'structures.run_structures', trains=True),
     'E9': Claim('attention alone loses rank', 'rank_collapse.run_rank_collapse'),
+    'E11': Claim('deep attention memorises', 'memorisation.run_memorisation', trains=True),
     'E14': Claim('weights that follow the input', 'mixing.run_mixing'),
 }
-"""By the numbers of the experiments; E10 to E13 are not here yet."""
+"""By the numbers of the experiments; E10, E12 and E13 are not here yet."""
