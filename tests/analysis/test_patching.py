@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tfm.analysis import patching
-from tfm.analysis.engine import Edit, edit, read
+from tfm.analysis.attribution import output_projection
+from tfm.analysis.engine import Edit, edit, read, run
 from tfm.analysis.patching import activation_patching, attribution_patching, path_patching
 
 N, T = 4, 6
@@ -73,6 +74,23 @@ def test_paths(case):
 
   assert effect((0, 1), (2, 0)) != 0 and effect((0, 1), (2, 1), 'value') != 0
   assert effect((2, 0), (0, 0)) == 0 and effect((1, 2), (1, 3)) == 0
+
+
+def test_a_path_carries_what_the_sender_wrote_and_nothing_of_what_lies_between(case):
+  """By hand: what the sender's head would write less what it wrote is added to the receiver's stream, and no MLP or
+  head between them has seen it."""
+  model, params, clean, corrupt = pair(case)
+  sender = 'decoder.layers[0].self_attention.z'
+  z = [read(model, params, inputs, sender)[sender][:, :, 1] for inputs in (clean, corrupt)]
+  weights = output_projection(model, params, 'decoder', 'self_attention')['kernel'][0, 1]
+  query = 'decoder.layers[2].self_attention.query'
+  given = run(model, params, clean, where=query,
+              edits=Edit('decoder.layers[2].resid_pre', add=(z[1] - z[0]) @ weights)).readings[query]
+  put = Edit(query, value=given, at=(jnp.arange(4) == 3)[None, None, :, None])
+  expected = metric(edit(model, params, clean, put)) - metric(model.apply({'params': params}, *clean))
+  found = path_patching(model, params, clean, corrupt, (sender, 1), (query, 3), metric)
+  np.testing.assert_allclose(found, expected, atol=2e-6)
+  assert abs(expected) > 2e-5
 
 
 def test_paths_and_rows_that_are_none_are_refused(case):
