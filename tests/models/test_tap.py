@@ -161,7 +161,7 @@ def test_data_in_the_collection_taps_reaches_each_layer_of_a_scan(tiny, ids):
   model, variables = make(tiny, True)
   unrolled, _ = make(tiny, False)
 
-  @partial(static_argnums=0)
+  @partial(jax.jit, static_argnums=0)
   def run(model, variables, taps):
     with nn.intercept_methods(replace_by_data):
       return model.apply({**variables, 'taps': taps}, *ids)
