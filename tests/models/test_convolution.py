@@ -95,9 +95,10 @@ def test_with_weight_norm_the_kernel_gives_a_direction_and_the_scale_its_length(
 
 def test_weight_norm_changes_nothing_at_first(x_BxTxF):
   module, plain = (convolution(False, 3, 'none', 0, weight_norm=norm) for norm in (True, False))
-  variables, without = (jax.jit(each.init)(jax.random.key(0), x_BxTxF) for each in (module, plain))
+  # Not compiled: together with the norm of the kernel XLA rounds the kernel itself otherwise.
+  variables, without = (each.init(jax.random.key(0), x_BxTxF) for each in (module, plain))
   assert set(without['params']) == {'kernel', 'bias'}
-  np.testing.assert_allclose(without['params']['kernel'], variables['params']['kernel'], rtol=1e-6)
+  np.testing.assert_array_equal(without['params']['kernel'], variables['params']['kernel'])
   np.testing.assert_allclose(module.apply(variables, x_BxTxF), plain.apply(without, x_BxTxF), atol=1e-6)
 
 
