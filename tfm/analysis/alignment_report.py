@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tfm.analysis.report import as_json
 from tfm.analysis.result import Result
 from tfm.errors import UserError
 
@@ -17,8 +18,7 @@ def write_report(result: Result, folder: Path) -> None:
   """Write FOLDER/results.json, results.md and alignment.png; needs matplotlib (extra `plot`)."""
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    content = {name: getattr(result, name) for name in ('name', 'claim', 'criterion', 'verdict', 'control', 'measured')}
-    (folder / 'results.json').write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+    (folder / 'results.json').write_text(json.dumps(as_json(result), indent=1) + '\n', encoding='utf-8')
     (folder / 'results.md').write_text(markdown(result), encoding='utf-8')
     draw(result.measured).savefig(folder / 'alignment.png', dpi=120)
   except OSError as error:
