@@ -37,7 +37,8 @@ class Claim:
   @property
   def scales(self) -> bool:
     """Whether there is more to see at the scale of an accelerator."""
-    return self.where.startswith(('long_range_recall', 'long_range_regular', 'alignment', 'memorisation'))
+    return self.where.startswith(('long_range_recall', 'long_range_regular', 'alignment', 'memorisation',
+                                  'overconfidence', 'hybrids'))
 
   def run(self, scale: Scale = 'cpu', seed: int = 0) -> Result:
     """Measure; the seeds of experiments that use several are this one and those after it.
@@ -56,6 +57,7 @@ CLAIMS: Mapping[str, Claim] = {
     'E1': Claim('attention is score, alignment and weighted sum', 'general_model.run_general_model'),
     'E2': Claim('query, key and value have roles', 'attention_experiments.run_roles', trains=True),
     'E3': Claim('who asks and who answers is not symmetric', 'attention_experiments.run_swapped'),
+    'E3 trained': Claim('which side asks decides what is learned', 'few_shot.run_few_shot', trains=True),
     'E4': Claim('attention is a soft dictionary', 'attention_experiments.run_dictionary'),
     'E5': Claim('scores want 1 / sqrt(d_k)', 'attention_experiments.run_scale'),
     'E6': Claim('attention aligns, a fixed vector does not', 'alignment_experiment.run', trains=True),
@@ -79,6 +81,8 @@ CLAIMS: Mapping[str, Claim] = {
     'E8': Claim('self, cross and masked attention', 'structures.run_structures', trains=True),
     'E9': Claim('attention alone loses rank', 'rank_collapse.run_rank_collapse'),
     'E11': Claim('deep attention memorises', 'memorisation.run_memorisation', trains=True),
+    'E12': Claim('the last layer guards against overconfidence', 'overconfidence.run_overconfidence', trains=True),
+    'E13': Claim('convolution and attention do more together', 'hybrids.run_hybrids', trains=True),
     'E14': Claim('weights that follow the input', 'mixing.run_mixing'),
 }
-"""By the numbers of the experiments; E10, E12 and E13 are not here yet."""
+"""By the numbers of the experiments; E10 is not here yet."""
