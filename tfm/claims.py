@@ -25,13 +25,13 @@ def claims(
 
   Args:
     names: Of experiments: E1, E7c (all that begin so), 'E7c copy'.
-    output: Folder for results.md, results.json and a picture of each.
+    output: Folder for results.md, results.json and a picture of each, beside those of earlier runs.
     scale: 'accel' trains larger models, where an experiment has them.
     seed: First seed.
     all: All of them; those that train take minutes each.
   """
   from tfm.analysis.claims import CLAIMS
-  from tfm.analysis.report import write
+  from tfm.analysis.report import read, write
   from tfm.config import nearest
   from tfm.training.compilation_cache import use_compilation_cache
   if names and all:
@@ -47,12 +47,12 @@ def claims(
                     'out, or name others.')
   if output.exists() and not output.is_dir():
     raise UserError(f'--output {output} is a file; give a folder.')
+  read(output)  # what is no folder of ours is refused before the work
   use_compilation_cache()
-  results = []
   for name in chosen:
     print(f'{name}: {CLAIMS[name].says} ...', flush=True)
     began = time.monotonic()
-    results.append(CLAIMS[name].run(scale=scale, seed=seed))
-    write(results, output)
-    print(f'  {results[-1].verdict} ({time.monotonic() - began:.0f} s). Control: {results[-1].control}', flush=True)
+    result = CLAIMS[name].run(scale=scale, seed=seed)
+    write([result], output)
+    print(f'  {result.verdict} ({time.monotonic() - began:.0f} s). Control: {result.control}', flush=True)
   print(output / 'results.md')

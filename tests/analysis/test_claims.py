@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from tfm.analysis.claims import CLAIMS
 from tfm.analysis.mixing import shift_error, spread
 from tfm.analysis.rank_collapse import rate
-from tfm.analysis.report import as_json, write
+from tfm.analysis.report import as_json, read, write
 from tfm.analysis.result import Result
+from tfm.errors import UserError
 
 
 # Two minutes for E8, which trains ten small models, one for the other two, which test_long_range.py has in small.
@@ -45,6 +47,18 @@ def test_a_scale_that_changes_nothing_is_refused():
 def test_results_become_json():
   result = Result('E0', 'c', 'k', {'a': np.arange(2), 'b': {1: (np.float32(0.5), True)}}, 'holds', 'none')
   assert json.loads(json.dumps(as_json(result)))['measured'] == {'a': [0, 1], 'b': {'1': [0.5, True]}}
+
+
+def test_a_folder_keeps_what_other_experiments_found(tmp_path):
+  results = {name: Result(name, 'c', 'k', {}, 'holds', 'none') for name in ('E10', 'E2', 'E7c copy')}
+  write([results['E10'], results['E2']], tmp_path)
+  write([results['E7c copy'], replace(results['E2'], verdict='fails')], tmp_path)
+  assert [(each.name, each.verdict) for each in read(tmp_path)] == [
+      ('E2', 'fails'), ('E7c copy', 'holds'), ('E10', 'holds')]
+  assert (tmp_path / 'results.md').read_text().count('| c |') == 3
+  (tmp_path / 'results.json').write_text('[{"other": 1}]')
+  with pytest.raises(UserError, match='is not what an earlier run wrote'):
+    read(tmp_path)
 
 
 def test_the_rate_of_a_doubly_exponential_curve_is_its_base():

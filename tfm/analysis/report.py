@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tfm.analysis.result import Result
+from tfm.errors import UserError
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -53,14 +54,38 @@ def figure_name(result: Result) -> str:
   return f'{result.name.replace(" ", "_")}.png'
 
 
+def read(folder: Path) -> list[Result]:
+  """What was written into a folder, without figures to draw; nothing if there is nothing.
+
+  Raises:
+    UserError: its results.json is something else.
+  """
+  file = folder / 'results.json'
+  if not file.is_file():
+    return []
+  try:
+    return [Result(**each) for each in json.loads(file.read_text())]
+  except (ValueError, TypeError) as error:
+    raise UserError(f'{file} is not what an earlier run wrote; move it away, or give another folder.') from error
+
+
 def write(results: Sequence[Result], folder: Path) -> None:
-  """results.json and results.md of all, and the figure of the last; without matplotlib no figures."""
+  """results.json and results.md of these and of what the folder has under other names, and a figure of each; without
+  matplotlib no figures."""
   folder.mkdir(parents=True, exist_ok=True)
-  if results[-1].draw is not None:
-    try:
-      results[-1].draw().savefig(folder / figure_name(results[-1]), dpi=120)
-    except ModuleNotFoundError:
-      pass  # the page says which figures there are
-  (folder / 'results.json').write_text(json.dumps([as_json(result) for result in results], indent=1) + '\n')
-  figures = [name for name in map(figure_name, results) if (folder / name).is_file()]
-  (folder / 'results.md').write_text(markdown(results, figures))
+  for result in results:
+    if result.draw is not None:
+      try:
+        result.draw().savefig(folder / figure_name(result), dpi=120)
+      except ModuleNotFoundError:
+        pass  # the page says which figures there are
+  named = {result.name: result for result in [*read(folder), *results]}
+  everything = [named[name] for name in sorted(named, key=_by_number)]
+  (folder / 'results.json').write_text(json.dumps([as_json(result) for result in everything], indent=1) + '\n')
+  figures = [name for name in map(figure_name, everything) if (folder / name).is_file()]
+  (folder / 'results.md').write_text(markdown(everything, figures))
+
+
+def _by_number(name: str) -> tuple[int, str]:
+  """E2 before E10."""
+  return int(''.join(filter(str.isdigit, name.split()[0])) or 0), name
