@@ -64,9 +64,9 @@ def run_few_shot(seeds: int = 5, steps: int = 3000, seed: int = 0) -> Result:
       bars = axes.bar(np.arange(2) + offset, means, 0.34, yerr=np.abs(ends.T - means), capsize=3, label=label)
       axes.bar_label(bars, fmt='%.2f')
     axes.axhline(chance, color='gray', linestyle=':', label='chance')
-    axes.set(xticks=range(2), ylim=(0, 1.1), ylabel=f'accuracy, {WAYS}-way {SHOTS}-shot',
+    axes.set(xticks=range(2), ylim=(0, 1.2), ylabel=f'accuracy, {WAYS}-way {SHOTS}-shot',
              xticklabels=['the item asks,\nthe support answers', 'the support asks,\nthe item answers'])
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=3, loc='upper center')
 
   control = accuracy[CONTROL][0]
   return as_result('E3 trained', 'which side asks decides what is learned, unless a skip connection hides it',

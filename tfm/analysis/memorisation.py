@@ -46,7 +46,7 @@ class Scale:
   learning_rate: float = 2e-3
 
 
-SCALES = {'cpu': Scale(layers=8, width=64, length=32, strings=256, prefix=8, steps=1200, rows=32, seeds=3),
+SCALES = {'cpu': Scale(layers=8, width=64, length=32, strings=256, prefix=8, steps=3000, rows=32, seeds=3),
           'accel': Scale(layers=16, width=256, length=64, strings=4096, prefix=16, steps=20_000, rows=256, seeds=5,
                          learning_rate=5e-4)}
 
