@@ -36,7 +36,7 @@ def test_runs_from_top_to_bottom(path, this_python, tmp_path, monkeypatch):
   monkeypatch.setenv('TFM_NOTEBOOK_STEPS', str(STEPS))
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   notebook = nbformat.read(path, as_version=4)
-  client = nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3',
+  client = nbclient.NotebookClient(notebook, timeout=900, kernel_name='python3',
                                    resources={'metadata': {'path': str(tmp_path)}})
   client.execute()
   outputs = [output for cell in notebook.cells if cell.cell_type == 'code' for output in cell.outputs]

@@ -38,7 +38,7 @@ class Claim:
   def scales(self) -> bool:
     """Whether there is more to see at the scale of an accelerator."""
     return self.where.startswith(('long_range_recall', 'long_range_regular', 'alignment', 'memorisation',
-                                  'overconfidence', 'hybrids'))
+                                  'linguistic_layers', 'treebank_layers', 'overconfidence', 'hybrids'))
 
   def run(self, scale: Scale = 'cpu', seed: int = 0) -> Result:
     """Measure; the seeds of experiments that use several are this one and those after it.
@@ -80,9 +80,13 @@ CLAIMS: Mapping[str, Claim] = {
                  drawn=False),
     'E8': Claim('self, cross and masked attention', 'structures.run_structures', trains=True),
     'E9': Claim('attention alone loses rank', 'rank_collapse.run_rank_collapse'),
+    'E10': Claim('surface, syntax and meaning arise in this order', 'linguistic_layers.run_linguistic_layers',
+                 trains=True),
+    'E10 treebank': Claim('surface, syntax and meaning, in a treebank', 'treebank_layers.run_treebank_layers',
+                          trains=True),
     'E11': Claim('deep attention memorises', 'memorisation.run_memorisation', trains=True),
     'E12': Claim('the last layer guards against overconfidence', 'overconfidence.run_overconfidence', trains=True),
     'E13': Claim('convolution and attention do more together', 'hybrids.run_hybrids', trains=True),
     'E14': Claim('weights that follow the input', 'mixing.run_mixing'),
 }
-"""By the numbers of the experiments; E10 is not here yet."""
+"""By the numbers of the experiments."""
