@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tfm.analysis import long_range, memory_tasks
+from tfm.analysis import memory_tasks
+from tfm.analysis.claims import CLAIMS
 from tfm.analysis.compute_cost import cost, loop_free_flops, power
 from tfm.analysis.long_range_recall import Scale, _recall_conditions, recall_by_distance, scale_named, verdict
 from tfm.analysis.long_range_structure import (
@@ -23,8 +24,10 @@ from tfm.analysis.long_range_structure import (
   receptive_fields,
 )
 from tfm.analysis.receptive_field import gradient_norms, log_slope, receptive_field
+from tfm.analysis.report import write
 from tfm.analysis.sequence_families import FAMILIES, convolutional, matched, parameters_of, recurrent, transformer
 from tfm.analysis.task_training import Curve, Effort, accuracy_curve, half_distance, train
+from tfm.claims import claims
 from tfm.config import ConfigError, TransformerConfig
 from tfm.models.build import build_model, initialize
 
@@ -333,10 +336,11 @@ def test_a_power_law_gives_its_exponent():
 
 def test_the_command_writes_what_it_found(tmp_path, monkeypatch, capsys):
   pytest.importorskip('matplotlib')
-  monkeypatch.setitem(long_range.EXPERIMENTS, 'reach', lambda scale, seed: receptive_fields(seed, (4, 8)))
-  results = long_range.main(['--output', str(tmp_path), '--only', 'reach'])
-  assert [r.name for r in results] == ['E7b'] and 'E7b: holds' in capsys.readouterr().out
+  monkeypatch.setitem(CLAIMS, 'E7b', dataclasses.replace(CLAIMS['E7b'], options=(('lengths', (4, 8)),)))
+  claims(('E7b',), output=tmp_path)
+  assert re.search(r'E7b: .*\n  holds ', capsys.readouterr().out)
   stored = json.loads((tmp_path / 'results.json').read_text())
+  assert [each['name'] for each in stored] == ['E7b']
   assert stored[0]['verdict'] == 'holds' and stored[0]['measured']['path']['CNN'] == [2, 4]
   assert '| E7b | ' in (tmp_path / 'results.md').read_text()
   assert (tmp_path / 'E7b.png').read_bytes().startswith(b'\x89PNG')
@@ -348,9 +352,9 @@ def test_what_has_learned_nothing_supports_nothing(tmp_path):
   tiny = Scale(distances=(4, 16, 32), beyond=(48,), parameters=20_000, recall=Effort(3, 2), associative=Effort(3, 2),
                width=Effort(3, 2), widths=(8, 16), regular=Effort(3, 2), regular_length=8, seeds=1, rows=64)
   results = []
-  for name in ('copy', 'recency', 'width', 'parity'):
-    results.append(long_range.EXPERIMENTS[name](tiny, 0))
-    long_range.write(results, tmp_path)
+  for name in ('E7c copy', 'E7d', 'E7c width', 'E7c parity'):
+    results.append(CLAIMS[name].run(tiny, 0))
+    write(results, tmp_path)
     assert results[-1].verdict == 'not supported at this scale', name
   rows = (tmp_path / 'results.md').read_text().splitlines()
   assert all(len(re.findall(r'(?<!\\)\|', row)) == 6 for row in rows[:2 + len(results)])
