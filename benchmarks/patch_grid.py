@@ -13,25 +13,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-import jax
 import numpy as np
 import torch
 import transformers
+from side_by_side import RESULTS, write
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.patching import get_act_patch_block_every
 
-import tfm
 from tfm.analysis.patching import activation_patching
 from tfm.interop.huggingface import load_release
 
@@ -95,7 +89,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--widths', type=int, nargs='+', default=[128, 256, 512])
   parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--output', type=Path, default=Path(__file__).parent / 'results' / 'patch_grid.json')
+  parser.add_argument('--output', type=Path, default=RESULTS / 'patch_grid.json')
   arguments = parser.parse_args()
   rows = []
   for width in arguments.widths:
@@ -103,14 +97,7 @@ def main() -> None:
     print(f'{width:4} wide: tfm {row["median_seconds"]["tfm"]:7.2f} s (first call {row["first_call_seconds"]:.1f} s), '
           f'TransformerLens {row["median_seconds"]["transformer_lens"]:7.2f} s, ratio {row["ratio"]:.1f}; '
           f'differences up to {row["largest_difference"]:.1e} of {row["largest_metric"]:.2f}', flush=True)
-  arguments.output.parent.mkdir(parents=True, exist_ok=True)
-  arguments.output.write_text(json.dumps({
-      'command': 'python ' + ' '.join(sys.argv), 'date': datetime.date.today().isoformat(),
-      'machine': f'{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].platform}',
-      'layers': LAYERS, 'heads': HEADS, 'tokens': TOKENS, 'sites': SITES, 'rounds': arguments.rounds,
-      'versions': {'tfm': tfm.__version__, 'jax': jax.__version__, 'torch': torch.__version__,
-                   'transformer_lens': version('transformer-lens'), 'transformers': transformers.__version__,
-                   'python': platform.python_version()}, 'rows': rows}, indent=2) + '\n')
+  write(arguments.output, layers=LAYERS, heads=HEADS, tokens=TOKENS, sites=SITES, rounds=arguments.rounds, rows=rows)
 
 
 if __name__ == '__main__':

@@ -22,7 +22,8 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / 'results'
 PAUSE = 0.3
-PACKAGES = ('tfm', 'jax', 'jaxlib', 'flax', 'numpy', 'torch', 'transformers', 'ctranslate2')
+PACKAGES = ('tfm', 'jax', 'jaxlib', 'flax', 'numpy', 'torch', 'transformers', 'ctranslate2',
+            'transformer-lens')
 
 Prepare = Callable[[], tuple[dict, Callable[[int], list[float]]]]
 """Gives facts for the parent (`work`: what one call does, by unit) and what times so many calls, in seconds."""

@@ -24,13 +24,23 @@ jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 DATA = Path(os.environ.get('TFM_DATA', Path(__file__).parents[2] / 'shared' / 'data'))
 
 
-@pytest.fixture
-def multi30k() -> Path:
-  """The folder of the Multi30k files; the test is skipped where they are not."""
-  folder = DATA / 'multi30k'
+def _data(name: str) -> Path:
+  folder = DATA / name
   if not folder.is_dir():
     pytest.skip(f'needs real data: there is no {folder} (set TFM_DATA)')
   return folder
+
+
+@pytest.fixture
+def multi30k() -> Path:
+  """The folder of the Multi30k files; the test is skipped where they are not."""
+  return _data('multi30k')
+
+
+@pytest.fixture
+def ud_english_ewt() -> Path:
+  """The folder of the English Web Treebank; the test is skipped where it is not."""
+  return _data('ud_english_ewt')
 
 
 @pytest.fixture(scope='session')

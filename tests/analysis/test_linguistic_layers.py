@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,16 +227,14 @@ def test_the_verdict(found, verdict):
 
 @pytest.mark.slow  # a minute for both
 @pytest.mark.parametrize('which', ['grammar', 'treebank'])
-def test_what_has_learned_nothing_supports_nothing(which):
+def test_what_has_learned_nothing_supports_nothing(which, request):
   small = dict(layers=2, width=16, steps=5, rows=8, probed=200, seeds=1)
   if which == 'grammar':
     kinds = TASKS
     result = linguistic_layers.run_linguistic_layers(
         replace(linguistic_layers.SCALES['cpu'], sentences=50, trees=1000, **small))
   else:
-    root = Path(os.environ.get('TFM_DATA', Path(__file__).parents[3] / 'shared' / 'data'))
-    if not (root / 'ud_english_ewt').is_dir():
-      pytest.skip(f'needs real data: there is no {root}/ud_english_ewt (set TFM_DATA)')
+    root = request.getfixturevalue('ud_english_ewt').parent
     kinds = conllu.TASKS
     result = treebank_layers.run_treebank_layers(replace(treebank_layers.SCALES['cpu'], **small), root=root)
   assert result.verdict == 'not supported at this scale'

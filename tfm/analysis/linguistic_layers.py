@@ -26,6 +26,7 @@ from tfm.analysis import grammar
 from tfm.analysis.engine import read
 from tfm.analysis.probes import centre_of_gravity, cumulative_scores, probe_layers
 from tfm.analysis.result import Result, as_result, interval
+from tfm.analysis.task_training import adam
 from tfm.config import TransformerConfig
 from tfm.models.build import Model, build_model, initialize
 from tfm.special_ids import EOS, PAD, UNK
@@ -146,8 +147,7 @@ def train(size: Scale, seed: int, texts: Ragged, mask_id: int, length: int) -> t
   model = build_model(TransformerConfig(
       encoder_layers=size.layers, decoder_layers=0, d_model=size.width, d_ff=2 * size.width, num_heads=4, norm='pre',
       dropout=size.dropout, positions='learned', max_positions=length, scan_layers=True), mask_id + 1, mask_id + 1)
-  schedule = optax.warmup_cosine_decay_schedule(0.0, size.learning_rate, max(size.steps // 10, 1), size.steps)
-  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.98))
+  optimizer = adam(size.learning_rate, size.steps)
   first = params = initialize(model, jax.random.key(seed))
   moments = optimizer.init(params)
 

@@ -21,6 +21,7 @@ from tfm.analysis.ablation import short_circuit, zero
 from tfm.analysis.engine import Edit, edit
 from tfm.analysis.result import Result, as_result, interval
 from tfm.analysis.sites import sites
+from tfm.analysis.task_training import adam
 from tfm.config import TransformerConfig
 from tfm.models.build import build_model, initialize
 
@@ -158,8 +159,7 @@ def _train(size: Scale, seed: int, strings):
   model = build_model(TransformerConfig(
       encoder_layers=0, decoder_layers=size.layers, d_model=size.width, d_ff=2 * size.width, num_heads=4, norm='pre',
       dropout=0.0, positions='learned', max_positions=size.length, scan_layers=True), 4 + SYMBOLS, 4 + SYMBOLS)
-  schedule = optax.warmup_cosine_decay_schedule(0.0, size.learning_rate, size.steps // 10, size.steps)
-  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.98))
+  optimizer = adam(size.learning_rate, size.steps)
   params = initialize(model, jax.random.key(seed))
   moments = optimizer.init(params)
 

@@ -26,6 +26,7 @@ from tfm.analysis.engine import Edit, edit, read
 from tfm.analysis.lens import fit_tuned_lens, logit_lens
 from tfm.analysis.result import Result, interval
 from tfm.analysis.sites import sites
+from tfm.analysis.task_training import adam
 from tfm.config import TransformerConfig
 from tfm.models.build import build_model, initialize
 
@@ -369,8 +370,7 @@ def _train(size: Scale, seed: int, world: World) -> tuple[Any, Any, Any]:
 @cache
 def _step(model, size: Scale):
   """The optimizer and a training step, compiled once for all seeds."""
-  schedule = optax.warmup_cosine_decay_schedule(0.0, size.learning_rate, size.steps // 10, size.steps)
-  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.98))
+  optimizer = adam(size.learning_rate, size.steps)
 
   def loss(params, ids_BxT):
     logits = model.apply({'params': params}, ids_BxT)[:, :-1]

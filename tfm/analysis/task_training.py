@@ -26,6 +26,13 @@ class Effort:
   """Highest; it warms up over a tenth of the steps and falls to 0 by a cosine."""
 
 
+def adam(learning_rate: float, steps: int) -> optax.GradientTransformation:
+  """What the experiments train with: the rate warms up over a tenth of the steps and falls to 0 by a cosine; gradients
+  are clipped to a norm of 1."""
+  schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 10), steps)
+  return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.98))
+
+
 class Curve(NamedTuple):
   """What was asked and answered at every distance; index is the distance."""
 
@@ -67,8 +74,7 @@ def train(model: Model, task: Task, effort: Effort, key: jax.Array) -> tuple[Any
 @cache
 def _step(model: Model, task: Task, effort: Effort):
   """The optimizer and a training step, compiled once for all seeds."""
-  schedule = optax.warmup_cosine_decay_schedule(0.0, effort.learning_rate, max(1, effort.steps // 10), effort.steps)
-  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.98))
+  optimizer = adam(effort.learning_rate, effort.steps)
 
   @jax.jit
   def step(state, key):
