@@ -1,7 +1,9 @@
 """What several tests share."""
 
+import importlib
 import os
 import shutil
+import sys
 from pathlib import Path
 
 if shutil.which('nvidia-smi') is None:
@@ -41,6 +43,18 @@ def multi30k() -> Path:
 def ud_english_ewt() -> Path:
   """The folder of the English Web Treebank; the test is skipped where it is not."""
   return _data('ud_english_ewt')
+
+
+@pytest.fixture
+def benchmark_script(monkeypatch):
+  """Imports a script of `benchmarks/` by name, as if it were run in its folder."""
+  folder = Path(__file__).parents[1] / 'benchmarks'
+  monkeypatch.syspath_prepend(str(folder))
+  before = set(sys.modules)
+  yield importlib.import_module
+  for name in set(sys.modules) - before:
+    if getattr(sys.modules[name], '__file__', None) and Path(sys.modules[name].__file__).parent == folder:
+      del sys.modules[name]
 
 
 @pytest.fixture(scope='session')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -18,15 +17,9 @@ NEEDS = {'limits': (), 'growth': (), 'data_pipeline': (), 'training_step': ('tor
 """Script -> the peers it runs."""
 
 
-@pytest.fixture
-def script(monkeypatch):
-  """Imports a script by name, as if it were run in its folder."""
-  monkeypatch.syspath_prepend(str(BENCHMARKS))
-  before = set(sys.modules)
-  yield importlib.import_module
-  for name in set(sys.modules) - before:
-    if getattr(sys.modules[name], '__file__', None) and Path(sys.modules[name].__file__).parent == BENCHMARKS:
-      del sys.modules[name]
+@pytest.fixture(name='script')
+def _script(benchmark_script):
+  return benchmark_script
 
 
 @pytest.fixture
