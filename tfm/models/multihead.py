@@ -10,6 +10,7 @@ from tfm.attention.attend import attend
 from tfm.attention.masks import AttentionMask
 from tfm.config import TransformerConfig
 from tfm.models.dropout import dropout
+from tfm.models.linear import flat_dot_general
 from tfm.models.norms import make_norm
 from tfm.models.positions import rope
 from tfm.models.tap import Tap
@@ -40,7 +41,7 @@ class MultiHeadAttention(nn.Module):
 
     def heads(count, width, kernel_init=xavier):
       return nn.DenseGeneral((count, width), use_bias=c.biases in ('qkv', 'all'), dtype=c.dtype,
-                             kernel_init=kernel_init)
+                             kernel_init=kernel_init, dot_general=flat_dot_general)
 
     # Scores begin at the usual size whatever their factor is, as in T5, whose queries are that much smaller.
     usual = 1.0 if c.attention_scale is None else 1.0 / (c.attention_scale**2 * c.key_width)
@@ -48,7 +49,7 @@ class MultiHeadAttention(nn.Module):
                        xavier if usual == 1.0 else nn.initializers.variance_scaling(usual, 'fan_avg', 'uniform'))
     self.key, self.value = heads(c.key_heads, c.key_width), heads(c.key_heads, c.value_width)
     self.output = nn.DenseGeneral(c.d_model, axis=(-2, -1), use_bias=c.biases == 'all', dtype=c.dtype,
-                                  kernel_init=xavier)
+                                  kernel_init=xavier, dot_general=flat_dot_general)
     if c.qk_norm:
       self.query_norm, self.key_norm = make_norm(c), make_norm(c)
     if c.attention_sinks:
