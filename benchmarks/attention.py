@@ -150,7 +150,7 @@ def measure(names: list[str], shape: Shape, backward: bool, rounds: int, turn: f
       ready[name] = Backend(name, shape, backward)
     except Exception as error:  # out of memory, or a kernel that does not compile here: the others are still measured
       reasons[name] = one_line(error)
-  found = alternate(ready, rounds, turn)
+  found = alternate(ready, rounds, turn) if ready else {}
   for name in names:
     row = {'backend': name, 'tokens': shape.length, 'batch': shape.batch, 'causal': shape.causal,
            'pass': PASSES[backward]}

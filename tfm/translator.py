@@ -268,9 +268,10 @@ class Translator:
       prefix = _padded([job.prefix for job in batch], rows, _rounded(int(lengths_B.max())), self.special.pad), lengths_B
     indices_B = np.zeros(rows, np.int32)
     indices_B[:len(batch)] = [job.index for job in batch]
-    return source_BxS, jax.device_get(
-        _run_search(self.model, search, min(longest, table or longest), self.special, self.params, source_BxS,
-                    limits_B, prefix, jax.random.key(seed), indices_B))
+    length = min(longest, table or longest)
+    read = _read_source(self.model, self.params, source_BxS)
+    return source_BxS, jax.device_get(_run_search(self.model, search, length, self.special, self.params, *read,
+                                                  limits_B, prefix, jax.random.key(seed), indices_B))
 
   def _decode(self, batch: list[_Job], search: _Search, seed: int, with_attention: bool) -> list[list[Hypothesis]]:
     source_BxS, found = self._found(batch, search, seed)
@@ -302,14 +303,21 @@ class Translator:
                       self.special)
 
 
+@partial(jax.jit, static_argnames='model')
+def _read_source(model, params, source_BxS):
+  """The memory, and what a cache keeps of it. A program of its own, because arrays between programs lie in memory as
+  they are written down: inside the search XLA leaves them as the encoder had them, and every step transposes them."""
+  memory = model.apply({'params': params}, source_BxS, method='encode')
+  return memory, model.apply({'params': params}, memory, 1, method='init_cache').source
+
+
 @partial(jax.jit, static_argnames=('model', 'search', 'length', 'special'))
-def _run_search(model, search: _Search, length: int, special: SpecialIds, params, source_BxS, limits_B, prefix, key,
+def _run_search(model, search: _Search, length: int, special: SpecialIds, params, memory, source, limits_B, prefix, key,
                 indices_B):
   """tokens_BxMxL, lengths_BxM, log_prob_BxM, scores_BxM, finished_BxM of the `num_hypotheses` best."""
   variables = {'params': params}
-  B, M = source_BxS.shape[0], search.beam_size
-  memory = model.apply(variables, source_BxS, method='encode')
-  cache = model.apply(variables, memory, length, M, method='init_cache')
+  B, M = limits_B.shape[0], search.beam_size
+  cache = model.apply(variables, memory, length, M, method='init_cache').replace(source=source)
 
   def step(tokens_RxT, cache):
     return model.apply(variables, tokens_RxT, memory, cache, method='step')

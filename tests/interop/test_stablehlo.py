@@ -58,7 +58,7 @@ def test_steps_give_the_logits_of_teacher_forcing(changes, make_release):
   expected = jax.jit(release.model.apply)({'params': to_layout(release.params, 'unrolled')}, *sources, ids_BxT)
   memory = programs['encode'].call(weights, source_BxS) if sources else {}
   (_, _, _, _, past), _ = jax.tree.unflatten(programs['step'].in_tree, programs['step'].in_avals)
-  past = {name: jnp.zeros((2, 7, *aval.shape[2:]), aval.dtype) for name, aval in past.items()}
+  past = {name: jnp.zeros((2, aval.shape[1], 7, aval.shape[3]), aval.dtype) for name, aval in past.items()}
   for t in range(5):
     logits, past = programs['step'].call(weights, ids_BxT[:, t], np.int32(t), memory, past)
     np.testing.assert_allclose(logits, expected[:, t], atol=0.1 if changes.get('dtype') else 1e-4)

@@ -9,7 +9,7 @@ import pytest
 
 from tfm.attention import masks
 from tfm.config import TransformerConfig
-from tfm.models.multihead import KeysValues, MultiHeadAttention
+from tfm.models.multihead import CachedKeysValues, MultiHeadAttention
 
 B, T, S, D, H, KEY, VALUE = 2, 5, 4, 16, 2, 6, 3
 CONFIG = TransformerConfig(d_model=D, num_heads=H, d_k=KEY, d_v=VALUE)
@@ -67,7 +67,7 @@ def test_extending_a_cache_is_causal_self_attention(attention):
   x_BxTxD = draw(B, T, D)
   whole_BxTxD = apply(x_BxTxD, x_BxTxD, masks.causal())
   # What lies in the cache beyond the index must not matter: it holds leftovers, here enormous ones.
-  past = KeysValues(jnp.full((B, T + 2, H, KEY), 1e4), jnp.full((B, T + 2, H, VALUE), -1e4))
+  past = CachedKeysValues(jnp.full((B, H, T + 2, KEY), 1e4), jnp.full((B, H, T + 2, VALUE), -1e4))
   index, parts = 0, []
   for width in (2, 1, 2):
     out, past = apply(x_BxTxD[:, index:index + width], past, index, masks.causal(offset=index), method='extend')

@@ -141,9 +141,9 @@ def test_a_cache_holds_rows_first_and_one_memory_per_sentence(tiny, ids):
     cache = jax.eval_shape(start)
     middle = (3,) if scan_layers else ()
     layers = 1 if scan_layers else 3
-    widths = [(2, 6), (2, 10)] * layers
-    assert [leaf.shape for leaf in jax.tree.leaves(cache.steps)] == [(12, *middle, 7, *width) for width in widths]
-    assert [leaf.shape for leaf in jax.tree.leaves(cache.source)] == [(3, *middle, 6, *width) for width in widths]
+    widths = [6, 10] * layers
+    assert [leaf.shape for leaf in jax.tree.leaves(cache.steps)] == [(12, *middle, 2, 7, width) for width in widths]
+    assert [leaf.shape for leaf in jax.tree.leaves(cache.source)] == [(3, *middle, 2, 6, width) for width in widths]
     assert cache.index.shape == () and cache.index.dtype == jnp.int32
 
 

@@ -143,7 +143,7 @@ def beam_search(step: Step, cache: Cache, max_lengths_B: jax.Array, length: int,
 
     new = BeamState(
         t=state.t + 1,
-        cache=cache.reorder(rows_R),
+        cache=cache if M == 1 else cache.reorder(rows_R),
         live_tokens_BxMxL=_pick(tokens_BxKxL, live_BxM),
         live_log_prob_BxM=live_log_prob_BxM,
         ended_tokens_BxMxL=of_ended(state.ended_tokens_BxMxL, tokens_BxKxL),

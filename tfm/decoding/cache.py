@@ -43,9 +43,10 @@ class Cache:
   def reorder(self, rows_R: jax.Array) -> Cache:
     """The cache whose row r continues what row `rows_R[r]` was, as beam search needs when hypotheses change place.
 
-    Only `steps` moves: a hypothesis never leaves its sentence, so `source` stays as it is.
+    Only `steps` moves: a hypothesis never leaves its sentence, so `source` stays as it is. Rows beyond the last are the
+    last: to look for them costs more than to move the others.
     """
-    return self.replace(steps=jax.tree.map(lambda leaf: jnp.take(leaf, rows_R, axis=0), self.steps))
+    return self.replace(steps=jax.tree.map(lambda leaf: jnp.take(leaf, rows_R, axis=0, mode='clip'), self.steps))
 
 
 Step = Callable[[jax.Array, Cache], tuple[jax.Array, Cache]]

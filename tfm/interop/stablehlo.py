@@ -33,7 +33,7 @@ from tfm.errors import UserError
 from tfm.interop.plain_tokenizer import write_plain_tokenizers
 from tfm.interop.release import Release, fill, new_folder, require_transformer
 from tfm.models.build import Model
-from tfm.models.multihead import KeysValues
+from tfm.models.multihead import CachedKeysValues
 from tfm.models.transformer import Memory, empty_cache
 
 FORMAT = 1
@@ -138,14 +138,14 @@ def _step(model: Model, weights: Named, tokens_B: jax.Array, index: jax.Array, m
   return logits_Bx1xV[:, 0], _named(cache.steps)
 
 
-def _named(layers: tuple[KeysValues, ...]) -> Named:
+def _named(layers: tuple[CachedKeysValues, ...]) -> Named:
   return {f'layers_{i}/{name}': array for i, layer in enumerate(layers)
-          for name, array in (('keys', layer.keys_BxSxKxC), ('values', layer.values_BxSxKxC))}
+          for name, array in (('keys', layer.keys_BxKxSxC), ('values', layer.values_BxKxSxC))}
 
 
-def _layers(named: Named) -> tuple[KeysValues, ...]:
+def _layers(named: Named) -> tuple[CachedKeysValues, ...]:
   count = sum(name.endswith('/keys') for name in named)
-  return tuple(KeysValues(named[f'layers_{i}/keys'], named[f'layers_{i}/values']) for i in range(count))
+  return tuple(CachedKeysValues(named[f'layers_{i}/keys'], named[f'layers_{i}/values']) for i in range(count))
 
 
 def _manifest(release: Release, programs: dict[str, export.Exported]) -> dict[str, Any]:

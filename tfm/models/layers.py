@@ -11,7 +11,7 @@ from tfm.config import TransformerConfig
 from tfm.models.dropout import dropout
 from tfm.models.experts import Experts
 from tfm.models.feed_forward import FeedForward
-from tfm.models.multihead import KeysValues, MultiHeadAttention
+from tfm.models.multihead import CachedKeysValues, MultiHeadAttention
 from tfm.models.norms import make_norm
 from tfm.models.tap import Tap
 from tfm.parallel.rules import constrain
@@ -107,9 +107,9 @@ class DecoderLayer(Layer):
 
   def memory_keys_values(self, _, memory_BxSxD):
     """What cross-attention needs of the memory, computed once for all steps."""
-    return None, self.cross_attention.keys_values(memory_BxSxD)
+    return None, self.cross_attention.keys_values(memory_BxSxD).cached
 
-  def step(self, x_RxTxD, past: KeysValues, memory: KeysValues | None, index, tokens: Tokens,
+  def step(self, x_RxTxD, past: CachedKeysValues, memory: CachedKeysValues | None, index, tokens: Tokens,
            cross_mask: AttentionMask | None):
     """T new tokens after `index` cached ones: returns their states and the grown cache."""
     grown = {}
@@ -119,7 +119,7 @@ class DecoderLayer(Layer):
       return z
 
     def attend_cross(y, _):
-      return self.cross_attention.attend(y, memory, cross_mask)
+      return self.cross_attention.attend(y, memory.by_token, cross_mask)
 
     return self._sublayers(x_RxTxD, attend_self, attend_cross, tokens, None), grown['past']
 

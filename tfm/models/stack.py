@@ -136,7 +136,7 @@ class DecoderStack(Stack):
     return tuple(layer.memory_keys_values(None, memory_BxSxD)[1] for layer in self.layers)
 
   def step(self, x_RxTxD, past, memory, index, positions, cross_mask):
-    T, S = x_RxTxD.shape[1], jax.tree.leaves(past)[0].shape[-3]
+    T, S = x_RxTxD.shape[1], jax.tree.leaves(past)[0].shape[-2]  # RxKxSxC
     tokens = self.tokens(causal(offset=index), T, S, positions, None, index)
     if self.config.scan_layers:
       return self.layers.step(x_RxTxD, past, memory, index, tokens, cross_mask)

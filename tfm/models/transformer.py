@@ -10,7 +10,7 @@ from tfm.attention.masks import AttentionMask, causal
 from tfm.decoding.cache import Cache
 from tfm.models.ends import Ends
 from tfm.models.layers import split
-from tfm.models.multihead import KeysValues
+from tfm.models.multihead import CachedKeysValues
 from tfm.models.stack import DecoderStack, EncoderStack
 
 
@@ -96,10 +96,10 @@ def empty_cache(config, rows: int, length: int):
   """Keys and values of every decoder layer, of no token yet: a tuple of layers, or stacked along axis 1."""
 
   def empty(width):
-    one = jnp.zeros((rows, length, config.key_heads, width), config.dtype)
+    one = jnp.zeros((rows, config.key_heads, length, width), config.dtype)
     if config.scan_layers:
       return jnp.broadcast_to(one[:, None], (rows, config.decoder_layers, *one.shape[1:]))
     return one
 
-  past = KeysValues(empty(config.key_width), empty(config.value_width))
+  past = CachedKeysValues(empty(config.key_width), empty(config.value_width))
   return past if config.scan_layers else (past,) * config.decoder_layers
