@@ -3,7 +3,8 @@
 XLA on CPU allocates its temporary arena with malloc at every call. glibc serves blocks above 32 MiB with a fresh
 mmap and unmaps them on free, so each training step pays for touching hundreds of megabytes of new pages (150,000
 page faults a step at Transformer-base; a fourth to a third of the time). With mmap off and trimming off the heap is
-reused. The price is resident memory: the process keeps its peak.
+reused: 7 to 22 % less time a step on two cores. Two arenas, since one has threads wait for each other (2 to 4 %) and many
+keep what others could use. The price is resident memory: the process keeps its peak.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import ctypes
 import sys
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
-_SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 * 2**20), (_M_ARENA_MAX, 1))
+_SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 * 2**20), (_M_ARENA_MAX, 2))
 
 
 def reuse_freed_memory() -> str:
