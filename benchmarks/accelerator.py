@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import time
 from pathlib import Path
 
 import jax
@@ -31,7 +30,7 @@ from shapes import Shape
 from side_by_side import RESULTS, alternate, each, summary, write
 from tfm_step import Training
 
-from tfm.config import Config, TokenizerConfig, TransformerConfig
+from tfm.config import TokenizerConfig, TransformerConfig
 from tfm.generator import Generator
 from tfm.models.build import build_model, count_parameters, initialize
 from tfm.parallel.chips import Chip, chip_named
@@ -59,34 +58,37 @@ def small(shape: Shape) -> Shape:
   return Shape(dataclasses.replace(shape.model, d_model=32, d_ff=64, num_heads=2, **layers), 300, 4, 16)
 
 
+def with_remat(shape: Shape, remat: str) -> Shape:
+  return dataclasses.replace(shape, model=dataclasses.replace(shape.model, remat=remat))
+
+
 class Step:
   """A training step on one batch, compiled and run once; as `alternate` wants an engine."""
 
-  def __init__(self, config: Config, shape: Shape):
+  def __init__(self, shape: Shape):
     self.batch = shape.batch(padded=False)
     if shape.model.shape == 'decoder_only':
       self.batch = self.batch[0], None
-    self.training = Training(config, shape.vocabulary)
+    self.training = Training(shape.config(0.0), shape.vocabulary)
     self.training.run(self.batch, 1)
 
   def go(self, count: int) -> list[float]:
     return [self.training.seconds(self.batch, count)]
 
 
-def fitting(shape: Shape, dtype_config) -> tuple[Shape, Step]:
+def fitting(shape: Shape) -> tuple[Shape, Step]:
   """The step with as many rows as fit: half of them again and again."""
   while True:
     try:
-      return shape, Step(dtype_config(shape), shape)
+      return shape, Step(shape)
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error) or shape.rows == 1:
         raise
       shape = dataclasses.replace(shape, rows=shape.rows // 2)
 
 
-def training_row(name: str, shape: Shape, chip: Chip, remat: str, rounds: int, turn: float, profile: Path | None) -> dict:
-  shape = dataclasses.replace(shape, model=dataclasses.replace(shape.model, remat=remat))
-  shape, step = fitting(shape, lambda shape: shape.config(0.0))
+def training_row(name: str, shape: Shape, chip: Chip, rounds: int, turn: float, profile: Path | None) -> dict:
+  shape, step = fitting(shape)
   found = alternate({name: step}, rounds, turn)[name]
   if profile is not None:
     with jax.profiler.trace(str(profile / name)):
@@ -94,7 +96,7 @@ def training_row(name: str, shape: Shape, chip: Chip, remat: str, rounds: int, t
   sizes = shape.rows, shape.length, shape.length
   halved, full = (model_flops(shape.model, shape.vocabulary, *sizes, halve_causal=halve).step
                   for halve in (True, False))
-  row = {'name': name, 'rows': shape.rows, 'length': shape.length, 'remat': remat,
+  row = {'name': name, 'rows': shape.rows, 'length': shape.length, 'remat': shape.model.remat,
          'parameters': count_parameters(step.training.state.params),
          **summary(found, {'tokens': shape.rows * shape.length, 'flops': halved})}
   bound = estimate(step.training.config, dict.fromkeys(AXES, 1), shape.vocabulary,
@@ -145,7 +147,7 @@ def main() -> None:
   for name in arguments.only:
     try:
       row = decoding_row(shapes['1b_2k'], chip, rounds, turn) if name == DECODING else training_row(
-          name, shapes[name], chip, arguments.remat, rounds, turn, arguments.profile)
+          name, with_remat(shapes[name], arguments.remat), chip, rounds, turn, arguments.profile)
     except Exception as error:  # said here, and the others are still measured
       row = {'name': name, 'reason': f'{type(error).__name__}: {str(error).splitlines()[0]}'[:200]}
     rows.append(row)

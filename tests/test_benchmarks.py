@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
-NEEDS = {'limits': (), 'growth': (), 'data_pipeline': (), 'training_step': ('torch', 'transformers'),
+NEEDS = {'limits': (), 'growth': (), 'data_pipeline': (), 'attention': ('torch',), 'accelerator': (),
+         'training_step': ('torch', 'transformers'),
          'decoding': ('ctranslate2', 'torch', 'transformers'), 'start': ('ctranslate2', 'torch', 'transformers')}
 """Script -> the peers it runs."""
 
@@ -172,6 +174,19 @@ def test_bytes_of_decoding_are_those_of_the_weights(script, tmp_path):
   assert script('decoding').write_models(tmp_path, small=True) == {
       'once': 4 * (attention + mlp + 2 * norm + keys_and_values),
       'each_token': 4 * (2 * attention - keys_and_values + mlp + 3 * norm + V * D)}
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_the_results_say(script):
+  report = script('report')
+  page = report.PAGE.read_text()
+  assert report.filled(page) == page, 'run python benchmarks/report.py'
+  for name in report.TABLES:
+    assert re.search(rf'<!-- {name}', page), f'docs/speed.md has no table of {name}'
+  with pytest.raises(ValueError, match='"weather"'):
+    report.filled('<!-- weather -->\n<!-- end -->')
 
 
 # -- the scripts -------------------------------------------------------------------------------------------------------

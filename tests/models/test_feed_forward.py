@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tfm.config import TransformerConfig
-from tfm.models.feed_forward import FeedForward
+from tfm.models.feed_forward import ACTIVATIONS, FeedForward
 
 X_BxTxD = np.random.default_rng(0).standard_normal((2, 3, 16)).astype(np.float32)
 
@@ -56,3 +56,12 @@ def test_dropout_falls_behind_the_activation(random_params):
   kept = dropped != 0
   np.testing.assert_allclose(dropped, np.where(kept, whole / 0.5, 0), rtol=1e-6)
   assert 0.25 < kept[whole > 0].mean() < 0.75
+
+
+def test_gelu_by_erf_is_that_of_jax_with_its_gradient():
+  x = jnp.linspace(-30.0, 30.0, 4001)
+  theirs = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
+  ours = ACTIVATIONS['gelu']
+  np.testing.assert_allclose(ours(x), theirs(x), atol=1e-6)
+  np.testing.assert_allclose(jax.vmap(jax.grad(ours))(x), jax.vmap(jax.grad(theirs))(x), atol=1e-6)
+  assert ours(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16

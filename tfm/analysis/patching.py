@@ -29,8 +29,8 @@ def activation_patching(model, params: Any, clean: tuple, corrupt: tuple, names:
     clean, corrupt: inputs of two passes, of the same shapes.
     names: rows of layers, without a number: decoder.layers.resid_pre, ...self_attention.output, ...mlp.
     metric: of the output, for example a difference of two logits at the last position.
-    batch_size: so many passes are one batch; None is 16 on a CPU, whose caches hold no more (64 take a sixth longer), and
-      64 elsewhere.
+    batch_size: so many passes are one batch; None is 16 on a CPU, whose caches hold no more (64 take a sixth longer),
+      and 64 elsewhere.
 
   Returns:
     For each name the metrics NxT float32: layers by positions.

@@ -23,7 +23,7 @@ from tfm.errors import UserError
 
 log = logging.getLogger('tfm')
 
-SHORT, LONG = 512 * 512, 2048 * 2048
+SHORT, LONG = 512 * 512, 1024 * 1024
 """T x S below SHORT: `auto` takes the reference everywhere. From LONG: blockwise, if nothing faster fits."""
 
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar('platform', default=None)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from tfm.attention.dot_product import scores, weighted_sum
 from tfm.attention.masks import AttentionMask
 
 if TYPE_CHECKING:
@@ -76,8 +77,7 @@ def _forward(q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, sinks_H, scale, softcap, que
         new_top_BxKxGxT = jnp.maximum(top_BxKxGxT, jnp.max(_only(allowed, scores_BxKxGxTxS, LOWEST), axis=-1))
         weights_BxKxGxTxS = _only(allowed, jnp.exp(scores_BxKxGxTxS - new_top_BxKxGxT[..., None]), 0.0)
         shrink_BxKxGxT = jnp.exp(top_BxKxGxT - new_top_BxKxGxT)
-        z_of_block = jnp.einsum('bkgts,bskc->bkgtc', weights_BxKxGxTxS.astype(v_BxSxKxC.dtype), v_BxSxKxC,
-                                preferred_element_type=jnp.float32)
+        z_of_block = weighted_sum(weights_BxKxGxTxS.astype(v_BxSxKxC.dtype), v_BxSxKxC, jnp.float32)
         return (new_top_BxKxGxT, total_BxKxGxT * shrink_BxKxGxT + jnp.sum(weights_BxKxGxTxS, axis=-1),
                 z_BxKxGxTxC * shrink_BxKxGxT[..., None] + z_of_block)
 
@@ -119,16 +119,14 @@ def _backward(scale, softcap, query_block, key_block, saved, d_z_BxTxHxC):
       def gradients():
         scores_BxKxGxTxS, allowed = scores_of(i, j, q_BxTxKxGxC, k_BxSxKxC)
         pattern_BxKxGxTxS = _only(allowed, jnp.exp(scores_BxKxGxTxS - log_total_BxKxGxT[..., None]), 0.0)
-        d_pattern_BxKxGxTxS = jnp.einsum('btkgc,bskc->bkgts', d_z_BxTxKxGxC, v_BxSxKxC,
-                                         preferred_element_type=jnp.float32)
+        d_pattern_BxKxGxTxS = scores(d_z_BxTxKxGxC, v_BxSxKxC)
         d_scores = pattern_BxKxGxTxS * (d_pattern_BxKxGxTxS - jnp.moveaxis(dot_BxTxKxG, 1, 3)[..., None]) * scale
         if softcap is not None:
           d_scores = d_scores * (1 - (scores_BxKxGxTxS / softcap)**2)  # of cap * tanh, from its value
         d_scores_BxKxGxTxS = d_scores.astype(q_BxTxHxC.dtype)
-        return (jnp.einsum('bkgts,bskc->btkgc', d_scores_BxKxGxTxS, k_BxSxKxC, preferred_element_type=jnp.float32),
-                jnp.einsum('bkgts,btkgc->bskc', d_scores_BxKxGxTxS, q_BxTxKxGxC, preferred_element_type=jnp.float32),
-                jnp.einsum('bkgts,btkgc->bskc', pattern_BxKxGxTxS.astype(d_z_BxTxKxGxC.dtype), d_z_BxTxKxGxC,
-                           preferred_element_type=jnp.float32))
+        return (jnp.moveaxis(weighted_sum(d_scores_BxKxGxTxS, k_BxSxKxC, jnp.float32), 3, 1),
+                _to_keys(d_scores_BxKxGxTxS, q_BxTxKxGxC),
+                _to_keys(pattern_BxKxGxTxS.astype(d_z_BxTxKxGxC.dtype), d_z_BxTxKxGxC))
 
       nothing = tuple(jnp.zeros(x.shape) for x in (q_BxTxKxGxC, k_BxSxKxC, v_BxSxKxC))
       d_q_BxTxKxGxC, d_k_BxSxKxC, d_v_BxSxKxC = _if(seen(i, j), gradients, lambda: nothing)
@@ -150,6 +148,13 @@ def _backward(scale, softcap, query_block, key_block, saved, d_z_BxTxHxC):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _to_keys(pattern_BxKxGxTxS, x_BxTxKxGxC):
+  """What the queries' x bring to each key, BxSxKxC in float32; the pattern is not transposed for it."""
+  found_BxKxCxS = jax.lax.dot_general(jnp.moveaxis(x_BxTxKxGxC, 1, 3), pattern_BxKxGxTxS,
+                                      (((2, 3), (2, 3)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+  return jnp.transpose(found_BxKxCxS, (0, 3, 1, 2))
 
 
 def _blockwise_mask(mask: AttentionMask, T: int, S: int, H: int, K: int, scale: float, softcap: float | None,
@@ -178,8 +183,7 @@ def _blockwise_mask(mask: AttentionMask, T: int, S: int, H: int, K: int, scale: 
     return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
   def scores_of(i, j, q_BxTxKxGxC, k_BxSxKxC):
-    scores_BxKxGxTxS = scale * jnp.einsum('btkgc,bskc->bkgts', q_BxTxKxGxC, k_BxSxKxC,
-                                          preferred_element_type=jnp.float32)
+    scores_BxKxGxTxS = scale * scores(q_BxTxKxGxC, k_BxSxKxC)
     if softcap is not None:
       scores_BxKxGxTxS = softcap * jnp.tanh(scores_BxKxGxTxS / softcap)
     keys_S = j * key_block + jnp.arange(key_block)

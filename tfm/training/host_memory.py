@@ -3,8 +3,8 @@
 XLA on CPU allocates its temporary arena with malloc at every call. glibc serves blocks above 32 MiB with a fresh
 mmap and unmaps them on free, so each training step pays for touching hundreds of megabytes of new pages (150,000
 page faults a step at Transformer-base; a fourth to a third of the time). With mmap off and trimming off the heap is
-reused: 7 to 22 % less time a step on two cores. Two arenas, since one has threads wait for each other (2 to 4 %) and many
-keep what others could use. The price is resident memory: the process keeps its peak.
+reused, which takes 13 to 18 % off a step on two cores. Two arenas: threads wait for a single one, and many do not
+share what is free (docs/speed.md). The price is resident memory: the process keeps its peak.
 """
 
 from __future__ import annotations
