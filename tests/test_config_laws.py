@@ -280,12 +280,17 @@ def seen_in_decoding(config, folder, monkeypatch):
   model = build_model(config.model, both.source.vocab_size, both.target.vocab_size)
   calls = []
 
-  def record(model, search, length, special, params, source_BxS, limits_B, *rest):
-    calls.append((search, length, source_BxS.tolist(), limits_B.tolist()))
-    B, M = source_BxS.shape[0], search.num_hypotheses
+  def read(model, params, source_BxS):
+    calls.append(source_BxS.tolist())
+    return None, None
+
+  def record(model, search, length, special, params, memory, source, limits_B, *rest):
+    calls.append((search, length, limits_B.tolist()))
+    B, M = len(limits_B), search.num_hypotheses
     return (jnp.full((B, M, length), EOS), jnp.ones((B, M), int), jnp.zeros((B, M)), jnp.zeros((B, M)),
             jnp.ones((B, M), bool))
 
+  monkeypatch.setattr(tfm.translator, '_read_source', read)
   monkeypatch.setattr(tfm.translator, '_run_search', record)
   translator = Translator(model, initialize(model, jax.random.key(0)), both, config.decoding)
   with contextlib.suppress(ValueError):

@@ -60,5 +60,8 @@ def test_decoding_lowers_for_an_accelerator(platform, search):
   key = jax.eval_shape(lambda: jax.random.key(0))
   with for_platform(PLATFORMS[platform]):
     prefix = (jax.ShapeDtypeStruct((2, 3), jnp.int32), rows)
-    traced = translator._run_search.trace(model, asked, 16, SpecialIds(), params, ids, rows, prefix, key, rows)
+    reading = translator._read_source.trace(model, params, ids)
+    reading.lower(lowering_platforms=(platform,))
+    traced = translator._run_search.trace(model, asked, 16, SpecialIds(), params, *reading.out_info, rows, prefix, key,
+                                          rows)
     assert 'stablehlo.while' in traced.lower(lowering_platforms=(platform,)).as_text()
