@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from tfm.attention.dot_product import scores, weighted_sum
+from tfm.attention.dot_product import scores, sum_to_keys, weighted_sum
 from tfm.attention.masks import AttentionMask
 
 if TYPE_CHECKING:
@@ -125,8 +125,8 @@ def _backward(scale, softcap, query_block, key_block, saved, d_z_BxTxHxC):
           d_scores = d_scores * (1 - (scores_BxKxGxTxS / softcap)**2)  # of cap * tanh, from its value
         d_scores_BxKxGxTxS = d_scores.astype(q_BxTxHxC.dtype)
         return (jnp.moveaxis(weighted_sum(d_scores_BxKxGxTxS, k_BxSxKxC, jnp.float32), 3, 1),
-                _to_keys(d_scores_BxKxGxTxS, q_BxTxKxGxC),
-                _to_keys(pattern_BxKxGxTxS.astype(d_z_BxTxKxGxC.dtype), d_z_BxTxKxGxC))
+                sum_to_keys(d_scores_BxKxGxTxS, q_BxTxKxGxC),
+                sum_to_keys(pattern_BxKxGxTxS.astype(d_z_BxTxKxGxC.dtype), d_z_BxTxKxGxC))
 
       nothing = tuple(jnp.zeros(x.shape) for x in (q_BxTxKxGxC, k_BxSxKxC, v_BxSxKxC))
       d_q_BxTxKxGxC, d_k_BxSxKxC, d_v_BxSxKxC = _if(seen(i, j), gradients, lambda: nothing)
@@ -148,13 +148,6 @@ def _backward(scale, softcap, query_block, key_block, saved, d_z_BxTxHxC):
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _to_keys(pattern_BxKxGxTxS, x_BxTxKxGxC):
-  """What the queries' x bring to each key, BxSxKxC in float32; the pattern is not transposed for it."""
-  found_BxKxCxS = jax.lax.dot_general(jnp.moveaxis(x_BxTxKxGxC, 1, 3), pattern_BxKxGxTxS,
-                                      (((2, 3), (2, 3)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
-  return jnp.transpose(found_BxKxCxS, (0, 3, 1, 2))
 
 
 def _blockwise_mask(mask: AttentionMask, T: int, S: int, H: int, K: int, scale: float, softcap: float | None,

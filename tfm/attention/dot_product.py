@@ -89,6 +89,13 @@ def weighted_sum(pattern_BxKxGxTxS: jax.Array, v_BxSxKxC: jax.Array, preferred_e
                              preferred_element_type=preferred_element_type)
 
 
+def sum_to_keys(pattern_BxKxGxTxS: jax.Array, x_BxTxKxGxC: jax.Array) -> jax.Array:
+  """What the queries' x bring to each key, BxSxKxC in float32; the pattern is not transposed for it."""
+  found_BxKxCxS = jax.lax.dot_general(jnp.moveaxis(x_BxTxKxGxC, 1, 3), pattern_BxKxGxTxS,
+                                      (((2, 3), (2, 3)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+  return jnp.transpose(found_BxKxCxS, (0, 3, 1, 2))
+
+
 def _softmax(scores_BxHxTxS: jax.Array, sinks_H: jax.Array | None) -> jax.Array:
   if sinks_H is None:
     return jax.nn.softmax(scores_BxHxTxS, axis=-1)

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 
 from tfm.attention import masks
 from tfm.attention.attend import AttentionError, Request
+from tfm.attention.dot_product import scores, sum_to_keys, weighted_sum
 from tfm.attention.masks import AttentionMask
 from tfm.attention.sharded import BATCH, CONTEXT, HEADED, HEADS, context_size, mask_specs, sharded_refusal
 
@@ -187,7 +188,7 @@ def _forward_here(deal, scale, q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask):
       new_BxKxGxT = jnp.maximum(highest_BxKxGxT, jnp.where(allowed, scores_BxKxGxTxS, LOWEST).max(-1))
       pattern_BxKxGxTxS = jnp.where(allowed, jnp.exp(scores_BxKxGxTxS - new_BxKxGxT[..., None]), 0.0)
       shrink_BxKxGxT = jnp.exp(highest_BxKxGxT - new_BxKxGxT)
-      z_BxKxGxTxC = z_BxKxGxTxC * shrink_BxKxGxT[..., None] + _einsum('bkgts,bskc->bkgtc', pattern_BxKxGxTxS, key[2])
+      z_BxKxGxTxC = z_BxKxGxTxC * shrink_BxKxGxT[..., None] + _weighted_sum(pattern_BxKxGxTxS, key[2])
       return z_BxKxGxTxC, new_BxKxGxT, sum_BxKxGxT * shrink_BxKxGxT + pattern_BxKxGxTxS.sum(-1)
 
     def for_query(_, query_and_sums):
@@ -227,12 +228,12 @@ def _backward_here(deal, scale, q_BxTxHxC, k_BxSxKxC, v_BxSxKxC, mask, z_BxTxHxC
       (d_k_BxSxKxC, d_v_BxSxKxC), (d_z, mean_BxTxKxGx1, lse_BxKxGxT), (k, v) = d_key, query[3:], key[1:3]
       scores_BxKxGxTxS, allowed = _scores(scale, mask, query, key)
       pattern_BxKxGxTxS = jnp.where(allowed, jnp.exp(scores_BxKxGxTxS - lse_BxKxGxT[..., None]), 0.0)
-      d_pattern_BxKxGxTxS = _einsum('btkgc,bskc->bkgts', d_z, v)
+      d_pattern_BxKxGxTxS = scores(d_z.astype(v.dtype), v)
       mean_BxKxGxTx1 = jnp.moveaxis(mean_BxTxKxGx1, 1, 3)
       d_scores_BxKxGxTxS = pattern_BxKxGxTxS * (d_pattern_BxKxGxTxS - mean_BxKxGxTx1) * scale
-      d_key = (d_k_BxSxKxC + _einsum('bkgts,btkgc->bskc', d_scores_BxKxGxTxS, query[1]),
-               d_v_BxSxKxC + _einsum('bkgts,btkgc->bskc', pattern_BxKxGxTxS, d_z))
-      return d_key, d_q_BxTxKxGxC + _einsum('bkgts,bskc->btkgc', d_scores_BxKxGxTxS, k)
+      d_key = (d_k_BxSxKxC + sum_to_keys(d_scores_BxKxGxTxS.astype(query[1].dtype), query[1]),
+               d_v_BxSxKxC + sum_to_keys(pattern_BxKxGxTxS.astype(d_z.dtype), d_z))
+      return d_key, d_q_BxTxKxGxC + jnp.moveaxis(_weighted_sum(d_scores_BxKxGxTxS, k), 3, 1)
 
     def for_key(d_q_N, key_and_gradients):
       key, d_key = key_and_gradients
@@ -281,7 +282,7 @@ def _pass_on(deal, held):
 def _scores(scale, mask, query, key):
   """Scaled scores_BxKxGxTxS of a block of queries (start, q, segments, ...) and of keys, and where they count."""
   (first_query, q_BxTxKxGxC, query_segments_BxT), (first_key, k_BxSxKxC, _, key_segments_BxS) = query[:3], key
-  scores_BxKxGxTxS = _einsum('btkgc,bskc->bkgts', q_BxTxKxGxC, k_BxSxKxC) * scale
+  scores_BxKxGxTxS = scores(q_BxTxKxGxC.astype(k_BxSxKxC.dtype), k_BxSxKxC) * scale
   T, S = scores_BxKxGxTxS.shape[-2:]
   allowed_Bx1xTxS = mask.block(first_query + jnp.arange(T), first_key + jnp.arange(S), query_segments_BxT,
                                key_segments_BxS)
@@ -303,9 +304,9 @@ def _visible(deal, mask, first_query, first_key):
   return visible
 
 
-def _einsum(subscripts, first, second):
-  """The sum in float32, the factors in the type that was given (the first may be a float32 pattern)."""
-  return jnp.einsum(subscripts, first.astype(second.dtype), second, preferred_element_type=jnp.float32)
+def _weighted_sum(pattern_BxKxGxTxS, x_BxSxKxC):
+  """The sum in float32, the factors in the type that was given (the pattern may be float32)."""
+  return weighted_sum(pattern_BxKxGxTxS.astype(x_BxSxKxC.dtype), x_BxSxKxC, jnp.float32)
 
 
 def _balances(mask: AttentionMask | None, T: int, S: int) -> bool:
