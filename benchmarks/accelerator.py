@@ -66,14 +66,14 @@ class Step:
   """A training step on one batch, compiled and run once; as `alternate` wants an engine."""
 
   def __init__(self, shape: Shape):
-    self.batch = shape.batch(padded=False)
+    batch = shape.batch(padded=False)
     if shape.model.shape == 'decoder_only':
-      self.batch = self.batch[0], None
-    self.training = Training(shape.config(0.0), shape.vocabulary)
-    self.training.run(self.batch, 1)
+      batch = batch[0], None
+    self.training = Training(shape.config(0.0), shape.vocabulary, batch)
+    self.training.run(1)
 
   def go(self, count: int) -> list[float]:
-    return [self.training.seconds(self.batch, count)]
+    return [self.training.seconds(count)]
 
 
 def fitting(shape: Shape) -> tuple[Shape, Step]:

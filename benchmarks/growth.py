@@ -72,20 +72,19 @@ def measure(of: str, sizes: Sequence[int], rounds: int) -> list[dict]:
   rows, steps = [], []
   for size in sizes:
     shape = GROWS[of](size)
-    training = Training(shape.config(0.0), shape.vocabulary)
-    batch = shape.batch(padded=False)[0], None
-    memory = training.compile(batch).memory_analysis()
+    training = Training(shape.config(0.0), shape.vocabulary, (shape.batch(padded=False)[0], None))
+    memory = training.memory
     flops = model_flops(shape.model, shape.vocabulary, shape.rows, shape.length, shape.length, halve_causal=False)
     rows.append({'of': of, 'size': size, 'tokens': shape.rows * shape.length, 'flops': flops.step,
                  'logits_share_of_flops': flops.logits / flops.forward,
                  'temporary_bytes': memory.temp_size_in_bytes, 'state_bytes': memory.argument_size_in_bytes})
     began = time.perf_counter()
-    training.run(batch, 1)
-    steps.append((training, batch, max(1, round(0.2 / (time.perf_counter() - began)))))
+    training.run(1)
+    steps.append((training, max(1, round(0.2 / (time.perf_counter() - began)))))
   found: list[list[list[float]]] = [[] for _ in sizes]
   for _ in range(rounds):
-    for seconds, (training, batch, count) in zip(found, steps):
-      seconds.append([training.seconds(batch, count)])
+    for seconds, (training, count) in zip(found, steps):
+      seconds.append([training.seconds(count)])
   for row, seconds in zip(rows, found):
     row |= summary(seconds, {'tokens': row['tokens'], 'flops': row['flops']})
     print(f'{of:10} {row["size"]:6} {1e3 * row["seconds"]:9.2f} ms [{1e3 * row["range"][0]:.2f}, '

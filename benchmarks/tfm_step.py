@@ -9,44 +9,40 @@ import numpy as np
 
 from tfm.config import Config
 from tfm.models.build import build_model, initialize
-from tfm.parallel.compile import jit_step, place_batch
+from tfm.parallel.compile import abstract_placed, compile_ahead, jit_step, place_batch
 from tfm.parallel.mesh import build_mesh
 from tfm.parallel.rules import shardings
 from tfm.training.host_memory import reuse_freed_memory
-from tfm.training.step import new_state
+from tfm.training.step import TrainState, new_state
 
 
 class Training:
-  """A model in training: what `tfm.training.loop` does before its first step and at each."""
+  """A model in training on `batch`: what `tfm.training` does before its first step and at each."""
 
-  def __init__(self, config: Config, vocabulary: int):
+  def __init__(self, config: Config, vocabulary: int, batch: tuple[np.ndarray | None, ...]):
     if config.training.reuse_memory:
       reuse_freed_memory()
-    self.config = config
-    self.model = build_model(config.model, vocabulary, vocabulary)
-    self.mesh = build_mesh(config.mesh)
-    key = jax.random.fold_in(jax.random.key(config.training.seed), 0)
-    state = new_state(config, self.model, initialize(self.model, key))
-    abstract = jax.eval_shape(lambda: state)
-    self.state = jax.tree.map(jax.device_put, state, shardings(self.mesh, abstract))
-    self.compiled = jit_step(config, self.model, self.mesh, abstract)
+    self.config, self.batch = config, batch
+    self.model, self.mesh = build_model(config.model, vocabulary, vocabulary), build_mesh(config.mesh)
+    abstract = jax.eval_shape(self._fresh_state)
+    placed = shardings(self.mesh, abstract)
+    abstract = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), abstract, placed)
+    self.step = jit_step(config, self.model, self.mesh, abstract)
+    compiling = compile_ahead(self.step, self.mesh, abstract, abstract_placed(batch, 1, self.mesh, config.model.shape))
+    self.state = jax.tree.map(jax.device_put, self._fresh_state(), placed)
+    self.memory = compiling.result().memory_analysis()
 
-  def place(self, batch):
-    return place_batch(batch, 0, len(batch[0]), self.mesh, self.config.model.shape)
+  def _fresh_state(self) -> TrainState:
+    key = jax.random.fold_in(jax.random.key(self.config.training.seed), 0)
+    return new_state(self.config, self.model, initialize(self.model, key))
 
-  def compile(self, batch) -> jax.stages.Compiled:
-    """Compile for this batch ahead of time; what is returned knows its memory."""
-    with jax.set_mesh(self.mesh):
-      self.compiled = self.compiled.lower(self.state, self.place(batch)).compile()
-    return self.compiled
-
-  def run(self, batch: tuple[np.ndarray | None, ...], count: int) -> list[float]:
+  def run(self, count: int) -> list[float]:
     """The losses of `count` updates, nats per token; as in the loop they are read a step behind."""
     losses, pending = [], None
     for _ in range(count):
-      placed = self.place(batch)
+      placed = place_batch(self.batch, 0, len(self.batch[0]), self.mesh, self.config.model.shape)
       with jax.set_mesh(self.mesh), jax.transfer_guard('disallow'):
-        self.state, metrics = self.compiled(self.state, placed)
+        self.state, metrics = self.step(self.state, placed)
       if pending is not None:
         losses.append(_loss(pending))
       pending = metrics
@@ -54,10 +50,10 @@ class Training:
     jax.block_until_ready(self.state)
     return losses
 
-  def seconds(self, batch, count: int) -> float:
+  def seconds(self, count: int) -> float:
     """Seconds of an update, the mean of `count` in a row."""
     began = time.perf_counter()
-    self.run(batch, count)
+    self.run(count)
     return (time.perf_counter() - began) / count
 
 

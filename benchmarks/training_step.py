@@ -33,12 +33,11 @@ WARM = 3
 
 def prepare_tfm(shape: shapes.Shape, dropout: float, padded: bool, weights: Path | None, warm: int):
   from tfm_step import Training
-  training = Training(shape.config(dropout), shape.vocabulary)
+  batch = shape.batch(padded) if shape.model.shape == 'encoder_decoder' else (shape.batch(padded)[0], None)
+  training = Training(shape.config(dropout), shape.vocabulary, batch)
   if weights is not None:
     write_weights(weights, shape, training)
-  batch = shape.batch(padded) if shape.model.shape == 'encoder_decoder' else (shape.batch(padded)[0], None)
-  facts = {'losses': training.run(batch, warm)}
-  return facts, lambda count: [training.seconds(batch, count)]
+  return {'losses': training.run(warm)}, lambda count: [training.seconds(count)]
 
 
 def write_weights(folder: Path, shape: shapes.Shape, training) -> None:

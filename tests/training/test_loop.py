@@ -10,6 +10,7 @@ import pytest
 
 import tfm
 import tfm.training.loop
+import tfm.training.start
 from tfm.config import ConfigError
 from tfm.errors import UserError
 from tfm.parallel.compile import jit_step
@@ -77,6 +78,15 @@ def test_a_finished_run_is_left_as_it_is(finished, undisturbed, tiny, same_bytes
   assert (outcome.step, outcome.reason) == (6, 'finished')
   assert f'Resuming {finished} at step 6 of 6' in capsys.readouterr().err
   same_bytes(finished, undisturbed(tiny()))
+
+
+def test_what_is_compiled_ahead_is_what_is_called(tiny, caplog, tmp_path):
+  """A second program for the same batch would double the start. (What a thread compiles is not logged here.)"""
+  with jax.log_compiles(), caplog.at_level('WARNING', 'jax'):
+    train(tiny(training=dict(steps=1)), tmp_path / 'run')
+  said = [record.getMessage() for record in caplog.records if 'jit(step)' in record.getMessage()]
+  assert sum('MLIR module conversion' in line for line in said) == 1
+  assert not any('XLA compilation' in line for line in said)
 
 
 def test_more_steps_go_on_where_the_run_ended(finished, tiny, validations):
@@ -220,9 +230,10 @@ def spoil(monkeypatch):
         result = compiled(state, batch)
         return change(*result) if len(calls) == step else result
 
+      update.lower = compiled.lower
       return update
 
-    monkeypatch.setattr(tfm.training.loop, 'jit_step', spoiling)
+    monkeypatch.setattr(tfm.training.start, 'jit_step', spoiling)
 
   return arrange
 
