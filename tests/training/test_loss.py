@@ -134,7 +134,7 @@ def test_chunks_change_neither_sums_nor_gradients(batch, head, monkeypatch, rows
     return chunked(params, hidden_BxTxD, *targets)
 
   expected = jax.value_and_grad(lambda *a: ((s := whole(*a)).loss, s), (0, 1), has_aux=True)(*head)
-  monkeypatch.setattr(tfm.training.loss, 'CHUNK_LOGITS', rows * T * V)
+  monkeypatch.setattr(tfm.training.loss, 'most_logits', lambda params: rows * T * V)
   found = jax.value_and_grad(lambda *a: ((s := in_chunks(*a)).loss, s), (0, 1), has_aux=True)(*head)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
   np.testing.assert_allclose(fields(in_chunks(*head)), fields(whole(*head)), rtol=1e-5)  # without a gradient
@@ -147,7 +147,7 @@ def test_rows_that_cannot_be_divided_come_one_at_a_time(monkeypatch):
   params = {'table': random.normal(size=(D, V)).astype(np.float32), 'bias': np.zeros(V, np.float32)}
   targets = random.integers(0, V, (prime, T)).astype(np.int32), np.ones((prime, T), np.float32)
   expected = fields(chunked(params, hidden_BxTxD, *targets))
-  monkeypatch.setattr(tfm.training.loss, 'CHUNK_LOGITS', 3 * T * V)
+  monkeypatch.setattr(tfm.training.loss, 'most_logits', lambda params: 3 * T * V)
   np.testing.assert_allclose(fields(chunked(params, hidden_BxTxD, *targets)), expected, rtol=1e-5)
   assert f'f32[1,{T},{V}]' in str(jax.make_jaxpr(chunked)(params, hidden_BxTxD, *targets))
 
@@ -156,7 +156,7 @@ def test_rows_that_cannot_be_divided_come_one_at_a_time(monkeypatch):
 @pytest.mark.parametrize('factor', [3.0, 0.0])
 def test_a_scaled_loss_has_a_scaled_gradient(batch, head, monkeypatch, rows, factor):
   _, *targets = batch
-  monkeypatch.setattr(tfm.training.loss, 'CHUNK_LOGITS', rows * T * V)
+  monkeypatch.setattr(tfm.training.loss, 'most_logits', lambda params: rows * T * V)
   plain, scaled = (jax.grad(lambda *a, f=f: f * chunked(*a, *targets).loss, (0, 1))(*head) for f in (1.0, factor))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, factor * b, rtol=1e-5, atol=1e-6), scaled, plain)
 
@@ -164,7 +164,7 @@ def test_a_scaled_loss_has_a_scaled_gradient(batch, head, monkeypatch, rows, fac
 def test_bfloat16_states_have_a_bfloat16_gradient_and_float32_sums(batch, head, monkeypatch):
   _, *targets = batch
   params, hidden_BxTxD = head
-  monkeypatch.setattr(tfm.training.loss, 'CHUNK_LOGITS', 2 * T * V)
+  monkeypatch.setattr(tfm.training.loss, 'most_logits', lambda params: 2 * T * V)
 
   def loss(hidden_BxTxD):
     sums = chunked_token_sums(lambda p, x: unembed(p, x.astype(jnp.float32)), params, hidden_BxTxD, *targets, 0.1, V)
@@ -185,6 +185,6 @@ def test_the_logits_of_the_whole_batch_never_exist(batch, head, monkeypatch):
     return max(math.prod(map(int, shape.split(','))) for shape in re.findall(r'f32\[([\d,]+)\]', text))
 
   assert largest() >= B * T * V
-  monkeypatch.setattr(tfm.training.loss, 'CHUNK_LOGITS', 2 * T * V)
+  monkeypatch.setattr(tfm.training.loss, 'most_logits', lambda params: 2 * T * V)
   jax.clear_caches()
   assert largest() == 2 * T * V

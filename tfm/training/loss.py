@@ -14,10 +14,6 @@ from jax.sharding import PartitionSpec
 
 from tfm.parallel.mesh import BATCH_AXES
 
-CHUNK_LOGITS = 2**22
-"""Logits computed at a time by `chunked_token_sums`: 16 MiB in float32, about what a last-level cache holds."""
-
-
 @struct.dataclass
 class Sums:
   """Sums over the target tokens of a batch; whoever wants a mean divides once, at the end. float32 scalars."""
@@ -60,7 +56,7 @@ def chunked_token_sums(unembed: Callable[[Any, jax.Array], jax.Array], params: A
                        labels_BxT: jax.Array, weights_BxT: jax.Array, smoothing: float, vocab_size: int) -> Sums:
   """`token_sums(unembed(params, hidden), ...)` without the logits of the whole batch ever existing.
 
-  The rows are cut into chunks whose logits fit a CPU's cache; each chunk's gradient is taken right after its loss,
+  The rows are cut into chunks (`most_logits`); each chunk's gradient is taken right after its loss,
   while its logits are there, so nothing is computed twice (forward-mode bookkeeping: the loss is a plain sum, hence
   the gradient is known up to the factor that arrives in the backward pass). On a mesh every device cuts its own rows
   and positions, and gradients are added up once, after the last chunk.
@@ -76,7 +72,7 @@ def chunked_token_sums(unembed: Callable[[Any, jax.Array], jax.Array], params: A
   shards = math.prod(mesh.shape[name] for name in axes)
   B = labels_BxT.shape[0] // math.prod(mesh.shape[name] for name in axes if name in BATCH_AXES)
   logits = labels_BxT.size * vocab_size // shards
-  chunks = next(n for n in range(1, B + 1) if B % n == 0 and (n == B or logits // n <= CHUNK_LOGITS))
+  chunks = next(n for n in range(1, B + 1) if B % n == 0 and (n == B or logits // n <= most_logits(params)))
   if chunks == 1:
     return token_sums(unembed(params, hidden_BxTxD), labels_BxT, weights_BxT, smoothing, vocab_size)
 
@@ -116,6 +112,13 @@ def chunked_token_sums(unembed: Callable[[Any, jax.Array], jax.Array], params: A
 
   total.defvjp(forward, backward)
   return total(params, hidden_BxTxD)
+
+
+def most_logits(params: Any) -> int:
+  """How many logits to compute at a time: 16 MiB in float32, about what a last-level cache holds, but no fewer than
+  twice the weights. Every chunk adds a gradient as large as those to the sum, and a product of few rows is slow: with
+  32,000 words of width 512 and 800 tokens, chunks as small as the cache make a step of two layers 2 times as long."""
+  return max(2**22, 2 * sum(leaf.size for leaf in jax.tree.leaves(params)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
