@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from tfm.parallel.mesh import BATCH_AXES
 
+
 @struct.dataclass
 class Sums:
   """Sums over the target tokens of a batch; whoever wants a mean divides once, at the end. float32 scalars."""
