@@ -19,7 +19,7 @@ def embedded(model, variables, ids, key=None) -> dict[str, np.ndarray]:
 
   @jax.jit
   def run(key):
-    _, found = model.apply(variables, *ids, key, mutable=['intermediates'],
+    _, found = model.apply(variables, *ids, dropout_key=key, mutable=['intermediates'],
                            capture_intermediates=lambda module, _: isinstance(module, Tap))
     return {name: found['intermediates'][name]['__call__'][0] for name in ('source_embed', 'target_embed')}
 
