@@ -152,7 +152,11 @@ def test_a_mesh_trains_like_one_device(family, name):
   losses, params, hlo = train(config_of(MESHES[name], family=family), 8)
   assert_same((losses, params), alone(family=family))
   assert losses[-4:].mean() < losses[:4].mean() - (0.01 if family in ANCESTORS else 0.05)
-  found = {each.kind for each in collectives(hlo)}
+  moved = collectives(hlo)
+  if family == 'packed pairs':  # positions in segments are gathered, an integer for each token
+    moved = [each for each in moved if each.bytes > 4 * B * (L + 1) or not each.kind.startswith('all-')
+             or each.kind == 'all-reduce']
+  found = {each.kind for each in moved}
   axes = [axis for axis in name.split() if MESHES[name].get(axis, 1) > 1]
   expected = set().union(*(EXPECTED[axis] for axis in axes))
   if family == 'experts' and 'fsdp' in axes:  # their kernels are gathered by hand, the gradient of which is a scatter
