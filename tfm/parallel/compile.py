@@ -31,7 +31,7 @@ def jit_step(config: Config, model: Model, mesh: Mesh, abstract_state: TrainStat
   require_rows(config, mesh)
   placed = shardings(mesh, abstract_state)
   return jax.jit(build_step(config, model), donate_argnums=0,
-                 in_shardings=(placed, batch_shardings(mesh, config.model.shape, 4 if config.packs_pairs else 2)),
+                 in_shardings=(placed, batch_shardings(mesh, config.model.shape)[:4 if config.packs_pairs else 2]),
                  out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))
 
 
@@ -79,7 +79,7 @@ def place_batch(batch: Batch, first_row: int, rows: int, mesh: Mesh, shape: str)
 
     return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
 
-  return tuple(place(array, sharding) for array, sharding in zip(batch, batch_shardings(mesh, shape, len(batch))))
+  return tuple(place(array, sharding) for array, sharding in zip(batch, batch_shardings(mesh, shape)))
 
 
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:
