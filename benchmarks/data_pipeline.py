@@ -3,9 +3,11 @@
     TFM_DATA=DIR python benchmarks/data_pipeline.py [--buckets N] [--consumption TOKENS_PER_SECOND] [--rounds 5]
         [--output FILE.json]
 
-DIR holds multi30k/ (train.en.gz, train.de.gz and so on); without it only the embedded corpus is measured, numbers in
-words, whose sentences are drawn, spelled and tokenised on the way. Tokens are those of the target that a step learns
-from. The clock runs over epochs of `batch_at`, on one thread as in training; reading, tokenizer and plan are apart.
+DIR holds multi30k/ (train.en.gz, train.de.gz and so on), which is measured padded, in the shapes of its recipe or N,
+and packed, in one; without it only the embedded corpus is measured, numbers in words, whose sentences are drawn,
+spelled and tokenised on the way. Tokens are those of the target that a step learns from; at the end of a pair another
+one follows in its row, which is not learned, so that position counts as padding. The clock runs over epochs of
+`batch_at`, on one thread as in training; reading, tokenizer and plan are apart.
 The consumption is measured in the same run, of `training_step.py`'s tiny shape with dropout, unless it is given.
 """
 
@@ -21,11 +23,11 @@ import numpy as np
 import training_step
 from side_by_side import RESULTS, alternate, running, serve, summary, write
 
-from tfm.config import Config
+from tfm.config import Config, DataConfig
 from tfm.recipe import read_recipe
 
 HERE = Path(__file__).resolve().parent
-RECIPES = {'multi30k': 'multi30k_en_de.py', 'numbers': 'numbers_en_de.py'}
+RECIPES = {'multi30k': 'multi30k_en_de.py', 'multi30k packed': 'multi30k_en_de.py', 'numbers': 'numbers_en_de.py'}
 NEEDED = 20
 """On CPU the pipeline should make so many times what a step consumes, so that it never shows."""
 
@@ -33,7 +35,9 @@ NEEDED = 20
 def config_of(corpus: str, buckets: int | None, small: bool) -> Config:
   config, _ = read_recipe(HERE.parent / 'configs' / RECIPES[corpus])
   changes = {} if buckets is None else {'buckets': buckets}
-  if corpus == 'multi30k':
+  if corpus == 'multi30k packed':
+    changes |= {'packing': 'packed', 'buckets': DataConfig.buckets}
+  if corpus != 'numbers':
     changes['root'] = str(data_folder())
   elif small:
     changes |= {'limit': 1000, 'held_out': 10}
@@ -58,10 +62,10 @@ def prepare(corpus: str, buckets: int | None, small: bool):
   marks.append(time.perf_counter())
   steps = batches.steps_per_epoch
   first = [batches.batch_at(step) for step in range(steps)]
-  tokens = sum(int((target[:, 1:] != 0).sum()) for _, target in first)
-  real = tokens + sum(int((source != 0).sum()) for source, _ in first)
-  positions = sum(source.size + target[:, 1:].size for source, target in first)
-  sizes = sorted({(len(source), source.shape[1], target.shape[1] - 1) for source, target in first})
+  tokens = sum(labels(*batch) for batch in first)
+  real = tokens + sum(int((source != 0).sum()) for source, *_ in first)
+  positions = sum(source.size + target[:, 1:].size for source, target, *_ in first)
+  sizes = sorted({(len(source), source.shape[1], target.shape[1] - 1) for source, target, *_ in first})
   facts = {'work': {'tokens': tokens}, 'steps': steps, 'padding': 1 - real / positions, 'shapes': sizes,
            'preparation_seconds': dict(zip(('corpus', 'tokenizer', 'batches'), np.diff(marks).tolist()))}
   epochs = iter(range(1, 10**9))
@@ -78,6 +82,14 @@ def prepare(corpus: str, buckets: int | None, small: bool):
   return facts, run
 
 
+def labels(source_BxS: np.ndarray, target_BxT: np.ndarray, *segments: np.ndarray) -> int:
+  """Tokens of a batch that a step learns from."""
+  counts_BxT = target_BxT[:, 1:] != 0
+  if segments:
+    counts_BxT &= segments[1][:, 1:] == segments[1][:, :-1]
+  return int(counts_BxT.sum())
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--buckets', type=int, help="shapes at most; the recipe's number if left out")
@@ -90,7 +102,7 @@ def main() -> None:
   arguments = parser.parse_args()
   if arguments.engine:
     return serve(lambda: prepare(arguments.engine, arguments.buckets, arguments.small))
-  corpora = [name for name in RECIPES if name != 'multi30k' or (data_folder().is_dir() and not arguments.small)]
+  corpora = [name for name in RECIPES if name == 'numbers' or (data_folder().is_dir() and not arguments.small)]
   commands = {name: [str(HERE / 'data_pipeline.py'), '--engine', name, *['--small'] * arguments.small,
                      *(['--buckets', str(arguments.buckets)] if arguments.buckets else [])] for name in corpora}
   shape = 'small' if arguments.small else 'tiny'
@@ -108,7 +120,7 @@ def main() -> None:
     row = {'corpus': name, **facts, **summary(rounds, facts['work']), 'consumption_tokens_per_second': consumption}
     row['times_consumption'] = row['tokens_per_second'] / consumption
     rows.append(row)
-    print(f'{name:9} {row["tokens_per_second"]:10,.0f} tokens/s, {row["times_consumption"]:.0f} times the step\'s '
+    print(f'{name:15} {row["tokens_per_second"]:10,.0f} tokens/s, {row["times_consumption"]:.0f} times the step\'s '
           f'{consumption:,.0f} (needed: {NEEDED}); {row["padding"]:.1%} of positions are padding, {len(row["shapes"])} '
           f'shapes; beforehand {sum(row["preparation_seconds"].values()):.1f} s')
   if 'multi30k' not in found and not arguments.small:

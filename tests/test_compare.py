@@ -102,6 +102,19 @@ def test_forced_tokens_add_up_to_the_loss_of_training():
   assert first.sum() == 6 and sorted(tokens.position[first]) == [0, 0, 1, 1, 2, 2]
 
 
+def test_forced_tokens_of_packed_pairs_are_those_of_each_pair():
+  model = build_model(config_of().model, 20, 20)
+  params = initialize(model, jax.random.key(0))
+  alone = [(np.array([source], np.int32), np.array([target], np.int32))
+           for source, target in (([5, 6, 2], [1, 7, 8, 9, 2]), ([4, 2], [1, 10, 2]))]
+  packed = [np.concatenate(side, axis=1) for side in zip(*alone)]
+  segments = [np.repeat([[1, 2]], [one.shape[1], other.shape[1]], axis=1) for one, other in zip(*alone)]
+  found, expected = forced_tokens(model, params, [(*packed, *segments)]), forced_tokens(model, params, alone)
+  for name in ('nll', 'correct', 'position', 'source_length'):
+    np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4)
+  assert found.position.tolist() == [0, 1, 2, 3, 0, 1] and found.source_length.tolist() == [3, 3, 3, 3, 2, 2]
+
+
 def test_accuracy_by_position_is_of_its_own_group():
   tokens = dataclasses.make_dataclass('T', ['correct', 'position'])(np.array([True, False, True, True]),
                                                                     np.array([0, 0, 1, 5]))

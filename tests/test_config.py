@@ -157,8 +157,14 @@ RULES = [
     *[(DataConfig, {**TEXT, 'packing': packing, name: value}, f"data.{name} has no effect with packing='{packing}'")
       for packing, name, value in (('blocks', 'over_long', 'truncate'), ('blocks', 'buckets', 2),
                                    ('packed', 'buckets', 2))],
-    *several(DataConfig, [dict(packing='packed'), dict(mask_rate=0.3), {**FILES, 'mean_span': 2.0}],
-             'data.packing, mask_rate and mean_span have no effect with corpus=.*; leave them out'),
+    *several(DataConfig, [dict(mask_rate=0.3), {**FILES, 'mean_span': 2.0}],
+             'data.mask_rate and mean_span have no effect with corpus=.*; leave them out'),
+    *[(DataConfig, {**fields, 'packing': 'blocks'},
+       f"data.packing='blocks' cuts a stream of one language, but corpus='{corpus}' has pairs; choose 'packed' or")
+      for corpus, fields in (('numbers', {}), ('files', FILES))],
+    (DataConfig, dict(packing='packed'),
+     "data.packing='packed' arranges all pairs of a corpus, but corpus='numbers' draws them for ever; choose 'padded'"),
+    (DataConfig, {**FILES, 'packing': 'packed', 'buckets': 2}, "data.buckets has no effect with packing='packed'"),
     (DataConfig, dict(max_length=9, tokens_per_batch=8),
      'data.max_length 9 exceeds data.tokens_per_batch 8.*raise one or lower the other'),
 
@@ -233,6 +239,11 @@ RULES = [
     *[(Config, dict(model=TransformerConfig(encoder_layers=0), data=DataConfig(**TEXT),
                     training=TrainingConfig(**training)), 'are about translations, of which there are none here')
       for training in (dict(keep_best_by='bleu'), dict(validation_sentences=9))],
+    *[(Config, dict(model=model(), data=DataConfig(**FILES, packing='packed')),
+       f"data.packing='packed' puts several pairs in a row, which a {model.kind} model with two stacks cannot tell "
+       "apart; choose a Transformer or data.packing='padded'") for model in ANCESTORS],
+    (Config, dict(model=TransformerConfig(convolution='after'), data=DataConfig(**FILES, packing='packed')),
+     "data.packing='packed' puts several pairs in a row, which model.convolution='after' would mix; remove it or data"),
     *[(Config, dict(model=model(), mesh=MeshConfig(**{axis: 2})),
        f'mesh.{axis}=2 cuts a Transformer, but the model is {model.kind}; leave it at 1')
       for model in ANCESTORS for axis in ('tensor', 'context')],
@@ -287,6 +298,7 @@ def test_combinations_that_do_work():
   Config(tokenizer=TokenizerConfig(joint=False), model=TransformerConfig(tying='target'))
   DataConfig(**FILES)
   DataConfig(**{**TEXT, 'validation': None}, validation_fraction=0.1, packing='blocks', documents='file')
+  Config(data=DataConfig(**FILES, packing='packed', over_long='truncate'))
   DataConfig(**{**TEXT, 'corpus': 'huggingface'}, column='text', packing='packed', mean_span=2.0, mask_rate=0.5)
   assert TransformerConfig(d_model=64, num_heads=4).key_width == 16
   assert TransformerConfig(d_model=64, num_heads=4, d_k=5, d_v=7).value_width == 7

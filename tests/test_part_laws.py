@@ -253,6 +253,20 @@ def test_a_sentence_alone_and_one_in_a_batch_with_padding_get_the_same(case):
     case.assert_close(whole_BxT[1, :one_1xT.shape[1]], one_1xT[0])
 
 
+def test_pairs_packed_in_a_row_are_as_if_alone(case):
+  c = case.config
+  if c.shape != 'encoder_decoder' or c.convolution != 'none':
+    pytest.skip('it takes no packed pairs')
+  widths = ((3, 2), (2, 4))  # of source and target
+  pairs = [[case.ids([width], width, seed=5 + number) for width in pair] for number, pair in enumerate(widths)]
+  padding = case.ids([0], 1)
+  packed = [np.concatenate([*side, padding], axis=1) for side in zip(*pairs)]
+  segments = [np.repeat([[1, 2, 0]], [*lengths, 1], axis=1) for lengths in zip(*widths)]
+  whole, *alone = case.run(lambda params: [case.apply(params, *packed, *segments),
+                                           *(case.apply(params, *pair) for pair in pairs)], case.params)
+  case.assert_close(whole[:, :6], np.concatenate(alone, axis=1))
+
+
 def test_gradients_flow_exactly_from_where_a_word_may_look(case):
   """d logits[t] / d embedding[s] is exactly 0 across the mask, and elsewhere not."""
   c, reach = case.config, {}

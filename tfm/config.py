@@ -226,10 +226,16 @@ class Config(Section):
     require(not data.monolingual or self.tokenizer.joint,
             f"data.corpus='{data.corpus}' is one language and has one vocabulary; set tokenizer.joint=True.")
     for name, default, objectives in (
-        ('packing', 'padded', ('causal',)), ('mask_rate', 0.15, ('masked', 'span_corruption')),
+        ('packing', 'padded', ('causal', 'translation')), ('mask_rate', 0.15, ('masked', 'span_corruption')),
         ('mean_span', 3.0, ('span_corruption',))):
       require(getattr(data, name) == default or self.objective in objectives,
               f'data.{name} has no effect on a {self.objective.replace("_", " ")} objective; leave it out.')
+    mixes = isinstance(self.model, TransformerConfig) and self.model.convolution != 'none'
+    require(not self.packs_pairs or (isinstance(self.model, TransformerConfig) and not mixes),
+            "data.packing='packed' puts several pairs in a row, which "
+            + (f"model.convolution='{self.model.convolution}' would mix; remove it" if mixes else
+               f'a {self.model.kind} model with two stacks cannot tell apart; choose a Transformer')
+            + " or data.packing='padded'.")
     needed = {'masked': 1, 'span_corruption': 2}.get(self.objective, 0)
     require(self.tokenizer.extra_ids >= needed,
             f'tokenizer.extra_ids is {self.tokenizer.extra_ids}; the {self.objective.replace("_", " ")} objective '
@@ -247,6 +253,11 @@ class Config(Section):
     if not self.data.monolingual:
       return 'translation'
     return {'decoder_only': 'causal', 'encoder_only': 'masked', 'encoder_decoder': 'span_corruption'}[self.model.shape]
+
+  @property
+  def packs_pairs(self) -> bool:
+    """Whether a row of a batch holds several sentence pairs."""
+    return self.objective == 'translation' and self.data.packing == 'packed'
 
 
 # -- as JSON ----------------------------------------------------------------------------------------------------------

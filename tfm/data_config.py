@@ -59,8 +59,9 @@ class DataConfig(Section):
   documents: Literal['line', 'file'] = 'line'
   """text: whether each line is a text of its own, or the whole file is one."""
   packing: Literal['padded', 'packed', 'blocks'] = 'padded'
-  """Decoder-only: a row holds one text, several that do not see each other, or max_length tokens of all texts in a row,
-  cut anywhere."""
+  """What a row holds. 'padded': one text or pair. 'packed': several that do not see each other, of a decoder-only model
+  or as pairs of a Transformer; all batches have one shape, max_length wide. 'blocks', decoder-only: max_length tokens
+  of all texts in a row, cut anywhere."""
   mask_rate: float = 0.15
   """Encoder-only on one language: share of the tokens that are hidden (BERT, Devlin et al. 2019). Encoder-decoder on
   one language: share in the spans that are cut out (T5, Raffel et al. 2020)."""
@@ -128,8 +129,14 @@ class DataConfig(Section):
             'none.')
     require(self.documents == 'line' or (self.corpus == 'text' and self.packing == 'blocks'),
             "data.documents='file' needs data.corpus='text' and data.packing='blocks'; choose 'line'.")
-    require(self.monolingual or (self.packing, self.mask_rate, self.mean_span) == ('padded', 0.15, 3.0),
-            f"data.packing, mask_rate and mean_span have no effect with corpus='{self.corpus}'; leave them out.")
+    require(self.monolingual or (self.mask_rate, self.mean_span) == (0.15, 3.0),
+            f"data.mask_rate and mean_span have no effect with corpus='{self.corpus}'; leave them out.")
+    require(self.monolingual or self.packing != 'blocks',
+            f"data.packing='blocks' cuts a stream of one language, but corpus='{self.corpus}' has pairs; choose "
+            "'packed' or 'padded'.")
+    require(self.corpus != 'numbers' or self.packing == 'padded',
+            f"data.packing='{self.packing}' arranges all pairs of a corpus, but corpus='numbers' draws them for ever; "
+            "choose 'padded'.")
     for name, default, packings in (('over_long', 'drop', ('padded', 'packed')), ('buckets', 4, ('padded',))):
       require(self.packing in packings or getattr(self, name) == default,
               f"data.{name} has no effect with packing='{self.packing}'; leave it out.")

@@ -10,8 +10,8 @@ import pytest
 
 from tfm.config import TransformerConfig
 from tfm.models.build import build_model, initialize
-from tfm.models.decoder_only import positions_in_segments
 from tfm.models.layout import to_layout
+from tfm.models.positions import positions_in_segments
 
 V, T = 17, 6
 IDS_BxT = np.array([[1, 7, 11, 4, 16, 5], [1, 9, 3, 8, 0, 0]])

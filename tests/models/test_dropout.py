@@ -121,7 +121,7 @@ model = build_model(TransformerConfig(encoder_layers=1, decoder_layers=1, d_mode
 random = np.random.default_rng(0)
 params = jax.tree.map(lambda leaf: random.normal(1, 0.5, leaf.shape), jax.eval_shape(lambda: initialize(model, key)))
 ids = jnp.asarray(random.integers(4, 11, (8, 5)), jnp.int32)
-forward = jax.jit(lambda params, ids, key: model.apply({'params': params}, ids, ids, key))
+forward = jax.jit(lambda params, ids, key: model.apply({'params': params}, ids, ids, dropout_key=key))
 one = forward(params, ids, key)
 many = forward(params, jax.device_put(ids, NamedSharding(mesh, P('data'))), key)
 assert len(many.sharding.device_set) == 8

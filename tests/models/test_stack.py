@@ -18,7 +18,7 @@ def loss_and_gradients(tiny, ids, params, scan_layers, remat, **sizes):
   layout = 'scanned' if scan_layers else 'unrolled'
 
   def loss(params, key):
-    logits_BxTxV = model.apply({'params': to_layout(params, layout)}, *ids, key)
+    logits_BxTxV = model.apply({'params': to_layout(params, layout)}, *ids, dropout_key=key)
     return jnp.sum(jax.nn.log_softmax(logits_BxTxV)[..., 5])
 
   return jax.device_get(jax.jit(jax.value_and_grad(loss))(params, jax.random.key(3)))
@@ -88,7 +88,7 @@ def test_no_two_places_share_a_dropout_key(tiny, ids, monkeypatch):
   @jax.jit
   def keys(key):
     sites.clear()
-    model.apply(variables, *ids, key)
+    model.apply(variables, *ids, dropout_key=key)
     return jnp.stack([key for _, key in sites])
 
   # Two steps have two keys, and no place of either shares one.

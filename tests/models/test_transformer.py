@@ -19,7 +19,7 @@ def embedded(model, variables, ids, key=None) -> dict[str, np.ndarray]:
 
   @jax.jit
   def run(key):
-    _, found = model.apply(variables, *ids, key, mutable=['intermediates'],
+    _, found = model.apply(variables, *ids, dropout_key=key, mutable=['intermediates'],
                            capture_intermediates=lambda module, _: isinstance(module, Tap))
     return {name: found['intermediates'][name]['__call__'][0] for name in ('source_embed', 'target_embed')}
 
@@ -112,6 +112,53 @@ def test_the_methods_are_parts_of_one_another(tiny, ids):
   assert logits_BxTxV.shape == (3, 5, 17) and logits_BxTxV.dtype == jnp.float32
   np.testing.assert_allclose(unembed(hidden(*ids)), logits_BxTxV, atol=2e-6)
   np.testing.assert_allclose(decode(ids[1], encode(ids[0])), logits_BxTxV, atol=2e-6)
+
+
+LEARNED = {'positions': 'learned', 'max_positions': 9}
+POSITIONS = [*({'positions': kind} for kind in
+               ('sinusoidal', 'sinusoidal_halves', 'rope', 'alibi', 'relative', 'none')),
+             LEARNED, {'positions': 'rope', 'attention_backend': 'blockwise'},
+             {**LEARNED, 'attention_backend': 'blockwise', 'window': 2}]
+
+
+@pytest.mark.parametrize('changes', POSITIONS, ids=lambda changes: '-'.join(map(str, changes.values())))
+def test_pairs_packed_in_a_row_are_as_if_alone(tiny, changes):
+  model, variables = tiny(**changes)
+  sources = [jnp.array([[5, 6, 7, 2]]), jnp.array([[4, 2]])]
+  targets = [jnp.array([[1, 7]]), jnp.array([[1, 9, 16, 8]])]
+  padding = jnp.zeros((1, 2), jnp.int32)
+  numbers = [jnp.array([row]) for row in ([3] * 4 + [1] * 2 + [0] * 2, [3] * 2 + [1] * 4 + [0] * 2)]
+  packed = jax.jit(model.apply)(variables, *(jnp.concatenate([*side, padding], axis=1) for side in (sources, targets)),
+                                *numbers)
+  alone = jax.jit(lambda: [model.apply(variables, *pair) for pair in zip(sources, targets)])()
+  np.testing.assert_allclose(packed[:, :6], jnp.concatenate(alone, axis=1), atol=3e-6)
+  assert np.isfinite(packed).all()
+
+
+def test_no_gradient_leads_from_a_pair_to_its_neighbour(tiny):
+  """d logits[t] / d embedding[s] of words that are all different; a target sees its source and what came before it."""
+  model, variables = tiny(positions='none', encoder_layers=1, decoder_layers=1, tying='none')
+  source_S, target_T, segments_S, segments_T = (jnp.array(row) for row in (
+      [4, 5, 6, 7, 8, 9], [4, 5, 6, 7, 8, 9, 10], [1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 2, 2, 0]))
+
+  def logits_TxV(tables):
+    params = {**variables['params'], **{name: {'table': table} for name, table in tables.items()}}
+    row = (array[None] for array in (source_S, target_T, segments_S, segments_T))
+    return model.apply({'params': params}, *row)[0].sum(-1)
+
+  tables = {name: variables['params'][name]['table'] for name in ('source_embedding', 'target_embedding')}
+  seen = {name: np.abs(rows).max(-1) > 0 for name, rows in jax.jit(jax.jacobian(logits_TxV))(tables).items()}
+  own = np.asarray(segments_T)[:, None]
+  np.testing.assert_array_equal(seen['source_embedding'][:, source_S], own == np.asarray(segments_S))
+  np.testing.assert_array_equal(seen['target_embedding'][:, target_T],
+                                (own == np.asarray(segments_T)) & np.tri(7, dtype=bool))
+
+
+def test_segments_of_one_side_alone_are_refused(tiny, ids):
+  model, variables = tiny()
+  for segments in ((jnp.ones_like(ids[0]), None), (None, jnp.ones_like(ids[1]))):
+    with pytest.raises(ValueError, match='Segments of one side were given without those of the other'):
+      model.apply(variables, *ids, *segments)
 
 
 def test_the_encoder_looks_in_both_directions_and_reports_the_padding(tiny, ids):

@@ -50,15 +50,19 @@ FAMILIES = {
     **dict.fromkeys(ANCESTORS, {}),
     'conformer': dict(encoder_layers=1, decoder_layers=1, convolution='conformer'),
     'encoder_decoder': dict(encoder_layers=1, decoder_layers=1),
+    'packed pairs': dict(encoder_layers=1, decoder_layers=1, positions='rope'),
     'decoder_only': dict(encoder_layers=0, decoder_layers=2, positions='rope', num_kv_heads=2, biases='none'),
     'encoder_only': dict(encoder_layers=2, decoder_layers=0, positions='learned', max_positions=64, tying='none'),
     'experts': dict(encoder_layers=0, decoder_layers=2, feed_forward='swiglu', biases='none', experts=4,
                     load_balance=0.1, activation_dropout=0.1)}
+PACKED = dict(corpus='files', limit=None, held_out=None, root='root', train='train', validation='validation',
+              packing='packed')
 MONOLINGUAL = 'decoder_only', 'encoder_only', 'experts'
 TEXT = dict(corpus='text', source=None, target=None, limit=None, held_out=None, root='root', train='train',
             validation='validation')
 QUICK = [('encoder_decoder', name) for name in MESHES] + [
     ('decoder_only', 'fsdp tensor context'), ('decoder_only', 'data context'), ('decoder_only', 'data fsdp'),
+    ('packed pairs', 'fsdp tensor context'), ('packed pairs', 'data context'),
     ('encoder_only', 'fsdp tensor context'), ('encoder_only', 'fsdp context'), ('experts', 'data'),
     ('experts', 'data expert'), ('experts', 'fsdp expert tensor'), ('experts', 'data expert context'),
     ('recurrent', 'data'), ('recurrent', 'data fsdp'), ('convolutional', 'data fsdp'),
@@ -79,13 +83,17 @@ def config_of(mesh: dict, accumulate: int = 1, dropout: float = 0.1, family: str
       model=replace(ANCESTORS[family], dropout=dropout) if family in ANCESTORS else TransformerConfig(
           **{**dict(d_model=16, d_ff=32, num_heads=4, dropout=dropout, norm='pre'), **FAMILIES[family]}),
       tokenizer=TokenizerConfig(extra_ids=int(family == 'encoder_only')),
-      data=DataConfig(width_multiple=16, max_length=64, **(TEXT if family in MONOLINGUAL else {})),
+      data=DataConfig(width_multiple=16, max_length=64, **(
+          TEXT if family in MONOLINGUAL else PACKED if family == 'packed pairs' else {})),
       optimizer=OptimizerConfig(schedule='constant', learning_rate=1e-3, warmup_steps=4),
       training=TrainingConfig(accumulate=accumulate), mesh=MeshConfig(**mesh))
 
 
 @cache
-def batches(shape: str = 'encoder_decoder'):
+def batches(shape: str = 'encoder_decoder', packed: bool = False):
+  if packed:  # two pairs in each row
+    return [(*sides, *((1 + (np.arange(side.shape[1]) >= 6)) * (side > 0) for side in sides))
+            for sides in batches()[:4]] * 5
   if shape == 'decoder_only':
     return [(target, None) for _, target in batches()[:4]] * 5
   if shape == 'encoder_only':  # asked for a third of the tokens
@@ -106,17 +114,17 @@ def train(config: Config, devices: int):
   model = build_model(config.model, V, V)
   mesh = build_mesh(config.mesh, jax.devices()[:devices])
   state = new_state(config, model, initialize(model, jax.random.key(0)))
-  abstract = jax.eval_shape(lambda: state)
+  abstract, made = jax.eval_shape(lambda: state), batches(config.model.shape, config.packs_pairs)
   if config.mesh.compiler == 'pmap':
     step, hlo, place = pmap_step(config, model, mesh), '', lambda batch: batch
   else:
     state = jax.device_put(state, shardings(mesh, abstract))
     with jax.set_mesh(mesh):
       step = jit_step(config, model, mesh, abstract).lower(
-          abstract, jax.eval_shape(lambda: batches(config.model.shape)[0])).compile()
+          abstract, jax.eval_shape(lambda: made[0])).compile()
     hlo, place = step.as_text(), lambda batch: place_batch(batch, 0, B, mesh, config.model.shape)
   losses = []
-  for batch in batches(config.model.shape):
+  for batch in made:
     with contextlib.nullcontext() if config.mesh.compiler == 'pmap' else jax.set_mesh(mesh):
       state, metrics = step(state, place(batch))
     losses.append(float(metrics.sums.loss / metrics.sums.tokens))
@@ -144,7 +152,11 @@ def test_a_mesh_trains_like_one_device(family, name):
   losses, params, hlo = train(config_of(MESHES[name], family=family), 8)
   assert_same((losses, params), alone(family=family))
   assert losses[-4:].mean() < losses[:4].mean() - (0.01 if family in ANCESTORS else 0.05)
-  found = {each.kind for each in collectives(hlo)}
+  moved = collectives(hlo)
+  if family == 'packed pairs':  # positions in segments are gathered, an integer for each token
+    moved = [each for each in moved if each.bytes > 4 * B * (L + 1) or not each.kind.startswith('all-')
+             or each.kind == 'all-reduce']
+  found = {each.kind for each in moved}
   axes = [axis for axis in name.split() if MESHES[name].get(axis, 1) > 1]
   expected = set().union(*(EXPECTED[axis] for axis in axes))
   if family == 'experts' and 'fsdp' in axes:  # their kernels are gathered by hand, the gradient of which is a scatter

@@ -16,6 +16,7 @@ from tfm.text.corpora import build_corpus
 from tfm.text.language_batches import Blocks, Packed
 from tfm.text.masking import CausalBatch, MaskedBatch
 from tfm.text.objectives import build_batches, build_evaluation_batches
+from tfm.text.packed_pairs import PackedPairs
 from tfm.text.tokenizer import train_tokenizers
 
 LENGTH = 24
@@ -188,6 +189,36 @@ def test_validation_texts_are_cut_only_where_the_model_or_the_row_ends(make, cap
     said = f'{sum(len(line) > most for line in LINES["val"])} texts of the evaluation are too long' in caplog.text
     assert said == cut
     caplog.clear()
+
+
+def test_packed_pairs_go_through_the_same_door(tmp_path):
+  """Too long ones dropped or truncated in training and counted, and all of them there in evaluation, by their words."""
+  lines = {language: [f'{i} ' + letter * (i * step % 19) for i in range(10, 100)]
+           for language, letter, step in (('en', 'a', 7), ('de', 'b', 5))}
+  for language, sentences in lines.items():
+    (tmp_path / f'train.{language}').write_text(''.join(f'{line}\n' for line in sentences))
+  pairs = list(zip(lines['en'], lines['de']))
+  for over_long in ('drop', 'truncate'):
+    data = DataConfig(corpus='files', limit=None, held_out=None, root=str(tmp_path), train='train', validation='train',
+                      packing='packed', tokens_per_batch=4 * 14, rows_multiple=2, max_length=14, over_long=over_long)
+    config = Config(tokenizer=TokenizerConfig(kind='char', vocab_size=300), data=data)
+    corpus = build_corpus(data)
+    tokenizers = train_tokenizers(config.tokenizer, corpus.tokenizer_texts())
+    batches = build_batches(config, corpus, tokenizers)
+
+    def found(batches, both=tokenizers):
+      return sorted((both.source.decode(source[ours == number]), both.target.decode(target[theirs == number]))
+                    for batch in batches for source, target, ours, theirs in zip(*batch)
+                    for number in range(1, ours.max() + 1))
+
+    short = [(a, b) for a, b in pairs if len(a) + 1 <= 14 and len(b) + 2 <= 14]
+    expected = short if over_long == 'drop' else [(a[:13], b[:12]) for a, b in pairs]
+    assert isinstance(batches, PackedPairs) and found(epoch_of(batches)) == sorted(expected)
+    done = {'drop': 'dropped', 'truncate': 'truncated'}[over_long]
+    assert f'{len(pairs) - len(short)} pairs longer than 14 tokens were {done}' in batches.report()
+    for shapes in (batches.shapes, ()):
+      made = build_evaluation_batches(config, corpus.validation(), tokenizers, shapes)
+      assert found(made) == sorted(pairs) and len({batch.source_BxS.shape for batch in made}) == 2
 
 
 def test_texts_of_which_all_is_cut_out_still_fit(make):

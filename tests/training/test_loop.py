@@ -17,7 +17,7 @@ from tfm.parallel.compile import jit_step
 from tfm.special_ids import PAD
 from tfm.text.batches import Batches, encode_pairs, evaluation_batches
 from tfm.text.corpora import build_corpus
-from tfm.text.objectives import build_evaluation_batches
+from tfm.text.objectives import build_batches, build_evaluation_batches
 from tfm.training.checkpoints import Checkpoints
 from tfm.training.loop import TrainingDiverged, train
 from tfm.training.run_folder import RunFolder
@@ -188,6 +188,41 @@ def test_every_objective_is_learned(of_texts, tmp_path, objective, changes):
   user = tfm.load(tmp_path / 'run')
   batches = build_evaluation_batches(config, build_corpus(config.data).validation(), user.tokenizers)
   assert validation_nll(user.model, user.params, batches) == pytest.approx(validation['nll'], rel=1e-5)
+
+
+# -- packed pairs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_pairs(tiny, tmp_path):
+  """`of_pairs(model={...}, ...)`: the tiny config on a few packed sentence pairs."""
+  for name, count in (('train', 150), ('val', 12)):
+    for language, letters in (('en', 'abc'), ('de', 'de')):
+      (tmp_path / f'{name}.{language}').write_text(''.join(f'{letters[:i % 3 + 1] * (i % 4 + 1)}\n'
+                                                           for i in range(count)))
+  data = dict(corpus='files', limit=None, held_out=None, root=str(tmp_path), train='train', validation='val',
+              packing='packed', buckets=4)
+  return lambda **changes: tiny(**{**changes, 'data': {**data, **changes.get('data', {})}})
+
+
+def test_packed_pairs_are_learned_and_judged_as_padded_ones(of_pairs, same_bytes, train_until, tmp_path):
+  """In micro-batches, with dropout, killed and resumed; and nothing but the one shape is compiled."""
+  config = of_pairs(training=dict(accumulate=2, steps=30, validate_every=15, checkpoint_every=5, log_every=5))
+  train(config, tmp_path / 'undisturbed')
+  train_until(18, config, tmp_path / 'run')
+  train(config, tmp_path / 'run')
+  same_bytes(tmp_path / 'run', tmp_path / 'undisturbed')
+  nll = [record['nll'] for record in records(tmp_path / 'run', 'train')]
+  assert nll[-1] < 0.8 * nll[0]
+  *_, validation = records(tmp_path / 'run', 'validation')
+  user, pairs = tfm.load(tmp_path / 'run', step=30), build_corpus(config.data).validation()
+  padded = evaluation_batches(encode_pairs(user.tokenizers, pairs), config.data)
+  assert validation['nll'] == pytest.approx(validation_nll(user.model, user.params, padded), rel=1e-5)
+  batches = build_batches(config, build_corpus(config.data), user.tokenizers)
+  shapes = {batch.source_BxS.shape + batch.target_BxT.shape for batch in (
+      *map(batches.batch_at, range(2 * batches.steps_per_epoch)),
+      *build_evaluation_batches(config, pairs, user.tokenizers, batches.shapes))}
+  assert len(shapes) == len(batches.shapes) == 1
 
 
 # -- when to stop, what to keep ---------------------------------------------------------------------------------------

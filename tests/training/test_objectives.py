@@ -86,6 +86,45 @@ def test_texts_of_a_packed_row_are_learned_as_if_each_were_alone():
   assert packed.tokens == sum(sums.tokens for sums in alone)
 
 
+def by_side(pairs, widths: tuple[int, int], rows: list[list[int]]):
+  """(sources, targets, segments of both) of rows that hold the pairs with these numbers."""
+  sides = [np.zeros((len(rows), width), np.int32) for width in widths * 2]
+  for place, numbers in enumerate(rows):
+    for side in range(2):
+      held = [pairs[number][side] for number in numbers]
+      ids, segments = sum(held, []), sum(([n] * len(one) for n, one in enumerate(held, 1)), [])
+      sides[side][place, :len(ids)], sides[side + 2][place, :len(ids)] = ids, segments
+  return tuple(sides)
+
+
+def test_pairs_of_a_packed_row_are_learned_as_if_each_were_alone():
+  """Sums and gradients of packed rows are those of the same pairs padded, one in each row."""
+  model, params = make('encoder_decoder', encoder_layers=2)
+  pairs = [(source[source != PAD].tolist()[1:], target[target != PAD].tolist())
+           for source, target in zip(rows(3, 1, 4, 2), rows(2, 5, 1, 3, seed=1))]
+  packed = by_side(pairs, (9, 14), [[0, 2], [3, 1], []])
+  padded = by_side(pairs, (7, 9), [[0], [1], [2], [3]])[:2]
+  logits = model.apply({'params': params}, packed[0], packed[1][:, :-1], packed[2], packed[3][:, :-1])
+  first, second = len(pairs[0][1]), len(pairs[3][1])
+  asked = [(0, t, packed[1][0, t + 1]) for t in range(first + len(pairs[2][1]) - 1) if t != first - 1]
+  asked += [(1, t, packed[1][1, t + 1]) for t in range(second + len(pairs[1][1]) - 1) if t != second - 1]
+  check(model, params, packed, logits, asked)
+
+  @jax.jit
+  def loss_and_gradients(params, batch):
+    def loss(params):
+      sums = batch_sums(model, params, batch, 0.1)
+      return sums.loss, sums
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  params = jax.tree.map(lambda leaf: leaf / 3, params)  # so that rounding is not amplified
+  ((_, sums), gradients), ((_, others), expected) = (loss_and_gradients(params, batch) for batch in (packed, padded))
+  for name in ('loss', 'nll', 'correct', 'tokens'):
+    np.testing.assert_allclose(getattr(sums, name), getattr(others, name), rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5 * np.abs(b).max()), gradients, expected)
+
+
 def test_a_masked_model_is_asked_for_what_was_hidden_alone():
   model, params = make('encoder_only')
   labels = np.zeros((2, 6), np.int32)
@@ -113,10 +152,13 @@ def test_the_balance_of_experts_is_in_the_loss_but_not_in_nll(shape):
                              by_hand(model.apply({'params': params}, *inputs), asked, 0.1)[:2], rtol=1e-4)
 
 
-@pytest.mark.parametrize('shape', SHAPES)
-def test_an_abstract_batch_is_one_that_the_objective_reads(shape):
+@pytest.mark.parametrize(('shape', 'packed'), [*[(shape, False) for shape in SHAPES], ('encoder_decoder', True),
+                                               ('decoder_only', True)])
+def test_an_abstract_batch_is_one_that_the_objective_reads(shape, packed):
   model, params = make(shape)
-  batch = abstract_batch(shape, 3, 6, 6)
+  batch = abstract_batch(shape, 3, 6, 6, packed)
+  assert len(batch) == (4 if packed and shape == 'encoder_decoder' else 2)
+  assert (batch[-1] is None) == (shape == 'decoder_only' and not packed)
   _, labels, counts = jax.eval_shape(lambda batch: inputs_and_labels(model, batch), batch)
   assert labels.shape == counts.shape == (3, 6) and counts.dtype == bool
   assert jax.eval_shape(lambda batch: batch_sums(model, params, batch, 0.0), batch).loss.dtype == jnp.float32

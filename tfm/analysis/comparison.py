@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tfm.models.build import Model
+from tfm.models.positions import positions_in_segments
 from tfm.scores import bleu, exact_match
 from tfm.training.objectives import inputs_and_labels
 
@@ -38,17 +39,22 @@ def _forced(model, params, batch):
   inputs, labels_BxT, counts_BxT = inputs_and_labels(model, batch)
   logits_BxTxV = model.apply({'params': params}, *inputs)
   nll_BxT = -jnp.take_along_axis(jax.nn.log_softmax(logits_BxTxV), labels_BxT[..., None], axis=-1)[..., 0]
-  lengths_B = jnp.sum(model.real(batch[0]), axis=1)
-  return nll_BxT, jnp.argmax(logits_BxTxV, axis=-1) == labels_BxT, counts_BxT, lengths_B
+  if len(inputs) == 2:  # a pair in each row
+    places_BxT = jnp.broadcast_to(jnp.arange(labels_BxT.shape[1]), labels_BxT.shape)
+    lengths_BxT = jnp.broadcast_to(jnp.sum(model.real(batch[0]), axis=1, keepdims=True), labels_BxT.shape)
+  else:
+    _, _, source_segments_BxS, segments_BxT = inputs
+    places_BxT = positions_in_segments(segments_BxT)
+    lengths_BxT = jnp.sum(segments_BxT[:, :, None] == source_segments_BxS[:, None], axis=-1)
+  return nll_BxT, jnp.argmax(logits_BxTxV, axis=-1) == labels_BxT, places_BxT, lengths_BxT, counts_BxT
 
 
 def forced_tokens(model: Model, params, batches: Sequence[tuple]) -> Tokens:
   """The tokens of `batches` (`tfm.text.objectives.build_evaluation_batches`) of a translation model."""
   found = []
   for batch in batches:
-    nll_BxT, correct_BxT, counts_BxT, lengths_B = jax.device_get(_forced(model, params, tuple(batch)))
-    rows, places = np.nonzero(counts_BxT)
-    found.append((nll_BxT[rows, places], correct_BxT[rows, places], places, lengths_B[rows]))
+    *figures, counts_BxT = jax.device_get(_forced(model, params, tuple(batch)))
+    found.append([figure_BxT[counts_BxT] for figure_BxT in figures])
   return Tokens(*(np.concatenate(parts) for parts in zip(*found)))
 
 

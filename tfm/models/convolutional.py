@@ -13,13 +13,12 @@ from tfm.convolutional_config import ConvolutionalConfig
 from tfm.decoding.cache import Cache
 from tfm.models.convolution import scale_gradient
 from tfm.models.convolutional_blocks import Attended, DecoderStack, EncoderStack, empty_steps, join
-from tfm.models.decoder_only import positions_in_segments
 from tfm.models.dropout import dropout
 from tfm.models.embedding import Embedding
 from tfm.models.ends import Side, TokenEnds
 from tfm.models.layers import split
 from tfm.models.multihead import KeysValues
-from tfm.models.positions import LearnedPositions
+from tfm.models.positions import LearnedPositions, positions_in_segments
 from tfm.models.tap import Tap
 from tfm.models.transformer import Memory
 from tfm.parallel.rules import constrain

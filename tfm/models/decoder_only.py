@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from tfm.attention.masks import causal, segments
+from tfm.attention.masks import causal
 from tfm.decoding.cache import Cache
 from tfm.models.ends import Ends
 from tfm.models.layers import split
@@ -39,9 +39,7 @@ class DecoderOnly(Ends):
   def hidden(self, ids_BxT, segments_BxT=None, dropout_key=None) -> jax.Array:
     """The last residual stream, BxTxD: what `unembed` turns into logits."""
     embed_key, stack_key = split(dropout_key, 2)
-    mask, positions = causal(), jnp.arange(ids_BxT.shape[1])
-    if segments_BxT is not None:
-      mask, positions = mask & segments(segments_BxT), positions_in_segments(segments_BxT)
+    mask, positions = self._in_row(causal(), ids_BxT, segments_BxT)
     x_BxTxD = self._embed('target', self.target_embedding, ids_BxT, positions, embed_key)
     # Padding on the right needs no mask: a causal query never sees what follows it.
     return self.decoder(x_BxTxD, None, mask, None, positions, self.real(ids_BxT), stack_key)
@@ -62,10 +60,3 @@ class DecoderOnly(Ends):
     x_RxTxD = self._embed('target', self.target_embedding, tokens_RxT, positions_T, None)
     x_RxTxD, steps = self.decoder.step(x_RxTxD, cache.steps, cache.source, cache.index, positions_T, None)
     return self.unembed(x_RxTxD), cache.replace(index=cache.index + tokens_RxT.shape[1], steps=steps)
-
-
-def positions_in_segments(segments_BxT: jax.Array) -> jax.Array:
-  """int32 BxT: how far each position is from the beginning of its segment."""
-  at_T = jnp.arange(segments_BxT.shape[1])
-  begins_BxT = jnp.diff(segments_BxT, axis=1, prepend=segments_BxT[:, :1]) != 0
-  return at_T - jax.lax.cummax(jnp.where(begins_BxT, at_T, 0), axis=1)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tfm.attention.masks import AttentionMask, padding
+from tfm.attention.masks import AttentionMask, padding, segments
 from tfm.attention.taxonomy import AttentionSpec
 from tfm.config import ConfigError, TransformerConfig
 from tfm.model_section import ModelSection
@@ -16,7 +16,7 @@ from tfm.models.dropout import dropout
 from tfm.models.embedding import Embedding
 from tfm.models.feed_forward import ACTIVATIONS
 from tfm.models.norms import make_norm
-from tfm.models.positions import LearnedPositions, sinusoidal
+from tfm.models.positions import LearnedPositions, positions_in_segments, sinusoidal
 from tfm.models.tap import Tap
 from tfm.parallel.rules import constrain
 
@@ -154,6 +154,13 @@ class Ends(TokenEnds):
     if c.output_transform:
       x_BxTxD = self.output_norm(ACTIVATIONS[c.feed_forward](self.output_transform(x_BxTxD)))
     return self._logits(x_BxTxD)
+
+  def _in_row(self, mask: AttentionMask, ids_BxT, segments_BxT=None) -> tuple[AttentionMask, jax.Array]:
+    """The mask of self-attention and the positions, int32 T or BxT: of one text in each row, or of several, each of
+    which sees and counts itself alone."""
+    if segments_BxT is None:
+      return mask, jnp.arange(ids_BxT.shape[1])
+    return mask & segments(segments_BxT), positions_in_segments(segments_BxT)
 
   def _embed(self, side: Side, embedding: Embedding, ids_BxT, positions, dropout_key, more_BxTxD=None):
     """The first residual stream, BxTxD. Positions are int32, T or BxT."""

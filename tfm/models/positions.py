@@ -16,6 +16,13 @@ LLAMA3_FAST, LLAMA3_SLOW = 4, 1
 """The same two limits in Llama 3.1 (`high_freq_factor`, `low_freq_factor`)."""
 
 
+def positions_in_segments(segments_BxT: jax.Array) -> jax.Array:
+  """int32 BxT: how far each position is from the beginning of its segment."""
+  at_T = jnp.arange(segments_BxT.shape[1])
+  begins_BxT = jnp.diff(segments_BxT, axis=1, prepend=segments_BxT[:, :1]) != 0
+  return at_T - jax.lax.cummax(jnp.where(begins_BxT, at_T, 0), axis=1)
+
+
 # -- added to the embeddings --
 
 

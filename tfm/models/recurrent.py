@@ -10,11 +10,11 @@ from tfm.attention.masks import AttentionMask
 from tfm.attention.taxonomy import AttentionSpec
 from tfm.decoding.cache import Cache
 from tfm.models.cells import State
-from tfm.models.decoder_only import positions_in_segments
 from tfm.models.dropout import dropout
 from tfm.models.embedding import Embedding
 from tfm.models.ends import Side, TokenEnds
 from tfm.models.layers import split
+from tfm.models.positions import positions_in_segments
 from tfm.models.recurrent_attention import real_keys
 from tfm.models.recurrent_stacks import RecurrentDecoder, RecurrentEncoder, Source
 from tfm.models.tap import Tap

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tfm.attention.masks import AttentionMask, causal
+from tfm.attention.masks import AttentionMask, causal, everything
 from tfm.decoding.cache import Cache
 from tfm.models.ends import Ends
 from tfm.models.layers import split
@@ -40,15 +40,22 @@ class EncoderDecoder(Ends):
     self._make_side('target')
     self.encoder, self.decoder = EncoderStack(c), DecoderStack(c)
 
-  def __call__(self, source_BxS, target_BxT, dropout_key=None) -> jax.Array:
-    """Logits of the token after each target position, BxTxV float32 (teacher forcing)."""
-    return self.unembed(self.hidden(source_BxS, target_BxT, dropout_key))
+  def __call__(self, source_BxS, target_BxT, source_segments_BxS=None, target_segments_BxT=None,
+               dropout_key=None) -> jax.Array:
+    """Logits of the token after each target position, BxTxV float32 (teacher forcing).
 
-  def hidden(self, source_BxS, target_BxT, dropout_key=None) -> jax.Array:
+    Args:
+      source_segments_BxS, target_segments_BxT: int32, where a row holds several pairs: a number for each, the same on
+        both sides. Source and target of a pair see and count themselves alone, and the target sees its own source.
+    """
+    return self.unembed(self.hidden(source_BxS, target_BxT, source_segments_BxS, target_segments_BxT, dropout_key))
+
+  def hidden(self, source_BxS, target_BxT, source_segments_BxS=None, target_segments_BxT=None,
+             dropout_key=None) -> jax.Array:
     """The decoder's last residual stream, BxTxD: what `unembed` turns into logits."""
     encoder_key, decoder_key = split(dropout_key, 2)
-    memory = self.encode(source_BxS, dropout_key=encoder_key)
-    return self._decoder_states(target_BxT, memory, decoder_key)
+    memory = self.encode(source_BxS, dropout_key=encoder_key, segments_BxS=source_segments_BxS)
+    return self._decoder_states(target_BxT, memory, decoder_key, target_segments_BxT)
 
   @property
   def output_vocab_size(self) -> int:
@@ -56,18 +63,20 @@ class EncoderDecoder(Ends):
 
   # -- the model protocol ---------------------------------------------------------------------------------------------
 
-  def encode(self, source_BxS, mask: AttentionMask | None = None, dropout_key=None) -> Memory:
-    """The memory. `mask` says which source positions hold tokens; by default those before the padding."""
-    mask = self.padding_mask(source_BxS) if mask is None else mask
+  def encode(self, source_BxS, mask: AttentionMask | None = None, dropout_key=None, segments_BxS=None) -> Memory:
+    """The memory. `mask` says which source positions hold tokens; by default those before the padding, or, where a row
+    holds several sentences, all: padding is then a segment that no sentence sees."""
+    if mask is None:
+      mask = self.padding_mask(source_BxS) if segments_BxS is None else everything()
+    mask, positions = self._in_row(mask, source_BxS, segments_BxS)
     embed_key, stack_key = split(dropout_key, 2)
-    positions_S = jnp.arange(source_BxS.shape[1])
-    x_BxSxD = self._embed('source', self.source_table, source_BxS, positions_S, embed_key)
-    x_BxSxD = self.encoder(x_BxSxD, mask, positions_S, self.real(source_BxS), stack_key)
+    x_BxSxD = self._embed('source', self.source_table, source_BxS, positions, embed_key)
+    x_BxSxD = self.encoder(x_BxSxD, mask, positions, self.real(source_BxS), stack_key)
     return Memory(x_BxSxD if self.config.norm == 'post' else self.encoder_norm(x_BxSxD), mask)
 
-  def decode(self, target_BxT, memory: Memory, dropout_key=None) -> jax.Array:
+  def decode(self, target_BxT, memory: Memory, dropout_key=None, segments_BxT=None) -> jax.Array:
     """Logits BxTxV of all positions at once. Targets begin with <s>: they are the labels shifted right."""
-    return self.unembed(self._decoder_states(target_BxT, memory, dropout_key))
+    return self.unembed(self._decoder_states(target_BxT, memory, dropout_key, segments_BxT))
 
   def init_cache(self, memory: Memory, length: int, rows_per_source: int = 1) -> Cache:
     """Room for `length` tokens of `rows_per_source` hypotheses per source sentence."""
@@ -83,13 +92,16 @@ class EncoderDecoder(Ends):
     x_RxTxD, steps = self.decoder.step(x_RxTxD, cache.steps, cache.source, cache.index, positions_T, memory.mask)
     return self.unembed(x_RxTxD), cache.replace(index=cache.index + tokens_RxT.shape[1], steps=steps)
 
-  def _decoder_states(self, target_BxT, memory, dropout_key):
+  def _decoder_states(self, target_BxT, memory, dropout_key, segments_BxT=None):
+    if (segments_BxT is None) != (memory.mask.query_segments_BxT is None):
+      raise ValueError('Segments of one side were given without those of the other; a row holds several pairs on both '
+                       'sides or on neither.')
     embed_key, stack_key = split(dropout_key, 2)
-    positions_T = jnp.arange(target_BxT.shape[1])
-    x_BxTxD = self._embed('target', self.target_embedding, target_BxT, positions_T, embed_key)
     # Padding on the right of a target needs no mask of its own: a causal query never sees what follows it.
-    return self.decoder(x_BxTxD, memory.states_BxSxD, causal(), memory.mask, positions_T, self.real(target_BxT),
-                        stack_key)
+    mask, positions = self._in_row(causal(), target_BxT, segments_BxT)
+    cross_mask = memory.mask if segments_BxT is None else memory.mask.replace(query_segments_BxT=segments_BxT)
+    x_BxTxD = self._embed('target', self.target_embedding, target_BxT, positions, embed_key)
+    return self.decoder(x_BxTxD, memory.states_BxSxD, mask, cross_mask, positions, self.real(target_BxT), stack_key)
 
 
 def empty_cache(config, rows: int, length: int):

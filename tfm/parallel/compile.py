@@ -32,7 +32,7 @@ def jit_step(config: Config, model: Model, mesh: Mesh, abstract_state: TrainStat
   require_rows(config, mesh)
   placed = shardings(mesh, abstract_state)
   return jax.jit(build_step(config, model), donate_argnums=0,
-                 in_shardings=(placed, batch_shardings(mesh, config.model.shape)),
+                 in_shardings=(placed, batch_shardings(mesh, config.model.shape)[:4 if config.packs_pairs else 2]),
                  out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))
 
 

@@ -219,7 +219,8 @@ def compile_here(config: Config, vocab_size: int, shape: Shape) -> dict[str, Any
   """The real step, compiled for all devices of this process: bytes on a device, and exchanges."""
   mesh = build_mesh(config.mesh)
   model, state = build_model(config.model, vocab_size, vocab_size), abstract_state(config, vocab_size)
-  batch = abstract_batch(config.model.shape, shape.rows, shape.source, shape.target - 1)
+  batch = abstract_batch(config.model.shape, shape.rows, shape.source, shape.target - 1,
+                         packed=config.data.packing == 'packed')
   with jax.set_mesh(mesh):
     compiled = jit_step(config, model, mesh, state).lower(state, batch).compile(LIGHT)
   memory = compiled.memory_analysis()

@@ -158,12 +158,15 @@ def _require_divisible(mesh: Any, name: str, axis: str, size: int, names: MeshAx
 # -- batches and activations ------------------------------------------------------------------------------------------
 
 
-def batch_shardings(mesh: Mesh, shape: str) -> tuple[NamedSharding, NamedSharding]:
-  """Of the two arrays of a batch for a model of this shape (`TransformerConfig.shape`). What a decoder learns from is
-  one longer than what is computed of it, so it is cut by rows alone."""
+def batch_shardings(mesh: Mesh, shape: str) -> tuple[NamedSharding, ...]:
+  """Of the arrays of a batch for a model of this shape (`TransformerConfig.shape`): two, and for an encoder-decoder two
+  more, which only packed pairs have, the segments of both sides. What a decoder learns from is one longer than what is
+  computed of it, so it is cut by rows alone; so are segments, in which every position looks for the beginning of its
+  own."""
   rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
   positions = NamedSharding(mesh, PartitionSpec(BATCH_AXES, 'context'))
-  return {'encoder_decoder': (positions, rows), 'decoder_only': (rows, rows), 'encoder_only': (positions,) * 2}[shape]
+  return {'encoder_decoder': (positions, rows, rows, rows), 'decoder_only': (rows, rows),
+          'encoder_only': (positions,) * 2}[shape]
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:

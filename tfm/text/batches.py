@@ -85,6 +85,19 @@ def encode_pairs(tokenizers: Tokenizers, pairs: Sequence[Pair]) -> Encoded:
   return _join(*_encode(tokenizers, pairs))
 
 
+def fitting_pairs(tokenizers: Tokenizers, pairs: Sequence[Pair], data: DataConfig) -> tuple[Encoded, int]:
+  """Those of at most `data.max_length` tokens a side, the others dropped or truncated, and how many those were."""
+  sources, targets = _encode(tokenizers, pairs)
+  most = data.max_length
+  fits = [len(source) <= most and len(target) <= most for source, target in zip(sources, targets)]
+  if data.over_long == 'truncate':
+    sources, targets = ([ids if len(ids) <= most else [*ids[:most - 1], EOS] for ids in side]
+                        for side in (sources, targets))
+  else:
+    sources, targets = ([ids for ids, keep in zip(side, fits) if keep] for side in (sources, targets))
+  return _join(sources, targets), len(fits) - sum(fits)
+
+
 class Batches:
   """The training batches of a run; `batch_at(step)` is a pure function of (corpus, tokenizers, data, seed, step).
 
@@ -108,7 +121,7 @@ class Batches:
   def __init__(self, corpus: Corpus, tokenizers: Tokenizers, data: DataConfig, seed: int, rows_multiple: int = 1,
                process_index: int = 0, process_count: int = 1, examples: tuple[Examples, int] | None = None):
     require_process(process_index, process_count)
-    require(data.max_length > 2, f'data.max_length {data.max_length} has no room beside <s> and </s>; raise it.')
+    require_room(data)
     self._corpus, self._tokenizers, self._data, self._seed = corpus, tokenizers, data, seed
     self._process_index, self._process_count = process_index, process_count
     self._lock = threading.Lock()
@@ -120,7 +133,7 @@ class Batches:
       self.shapes, self._counts = self._compose(corpus, multiple)
       self.steps_per_epoch = sum(self._counts)
     else:
-      self._train, over_long = self._encode(corpus.train()) if examples is None else examples
+      self._train, over_long = fitting_pairs(tokenizers, corpus.train(), data) if examples is None else examples
       self._require_pairs(self._train)
       self._left_out[0] = np.array([over_long, 0])
       sources, targets = self._train.source_lengths, self._train.target_lengths
@@ -153,18 +166,6 @@ class Batches:
             'rows x (source + target) '
             f'{", ".join(map(str, self.shapes))}, {padding:.1%} padding; {left_out}.')
 
-  def _encode(self, pairs: Sequence[Pair]) -> tuple[Encoded, int]:
-    # The second value is how many were too long.
-    sources, targets = _encode(self._tokenizers, pairs)
-    most = self._data.max_length
-    fits = [len(source) <= most and len(target) <= most for source, target in zip(sources, targets)]
-    if self._data.over_long == 'truncate':
-      sources, targets = ([ids if len(ids) <= most else [*ids[:most - 1], EOS] for ids in side]
-                          for side in (sources, targets))
-    else:
-      sources, targets = ([ids for ids, keep in zip(side, fits) if keep] for side in (sources, targets))
-    return _join(sources, targets), len(fits) - sum(fits)
-
   def _require_pairs(self, pairs: Examples) -> None:
     if not len(pairs):
       raise DataError(f'no training {self._noun[:-1]} has at most data.max_length = {self._data.max_length} '
@@ -195,7 +196,8 @@ class Batches:
 
   def _compose(self, corpus: EndlessCorpus, multiple: int) -> tuple[list[Shape], list[int]]:
     # Shapes of an endless corpus and how many batches of each make a group, from a sample that no seed changes.
-    sample, _ = self._encode(corpus.draw(np.random.Generator(np.random.Philox(_SAMPLE)), SAMPLE_PAIRS))
+    sample, _ = fitting_pairs(
+        self._tokenizers, corpus.draw(np.random.Generator(np.random.Philox(_SAMPLE)), SAMPLE_PAIRS), self._data)
     self._require_pairs(sample)
     sources, targets = sample.source.lengths, sample.target.lengths
     # One pair that stands for the longest still to come; of the sample's own buckets it becomes the last.
@@ -221,7 +223,7 @@ class Batches:
     parts: list[Encoded] = []
     drawn, left_out = 0, np.zeros(2, np.int64)
     while missing := sum(room) - sum(map(len, buckets)):
-      part, over_long = self._encode(corpus.draw(rng, missing + 16))
+      part, over_long = fitting_pairs(self._tokenizers, corpus.draw(rng, missing + 16), self._data)
       parts.append(part)
       narrowest = fit(part.source.lengths, part.target.lengths, self.shapes)
       left_out += over_long, (narrowest == len(room)).sum()
@@ -322,6 +324,10 @@ def _concatenate(parts: Sequence[Encoded]) -> Encoded:
 
 def require_process(index: int, count: int) -> None:
   require(0 <= index < count, f'process_index {index} is not below process_count {count}; number the processes from 0.')
+
+
+def require_room(data: DataConfig) -> None:
+  require(data.max_length > 2, f'data.max_length {data.max_length} has no room beside <s> and </s>; raise it.')
 
 
 def permutation(bits: np.random.Philox, count: int) -> np.ndarray:

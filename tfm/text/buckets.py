@@ -60,7 +60,7 @@ def choose_shapes(sources: np.ndarray, targets: np.ndarray, data: DataConfig, ro
   for stop in range(1, size + 1):
     longest = np.maximum.accumulate(widest[:, :stop][:, ::-1], axis=1)[:, ::-1]
     pairs = np.cumsum(count[:stop][::-1])[::-1]
-    cost = pairs * _round_up(longest, multiple).sum(0)
+    cost = pairs * round_up(longest, multiple).sum(0)
     totals = best[:-1, :stop] + cost
     start_of[1:, stop] = totals.argmin(1)
     best[1:, stop] = totals.min(1)
@@ -68,7 +68,7 @@ def choose_shapes(sources: np.ndarray, targets: np.ndarray, data: DataConfig, ro
   widths, stop = [], size
   for buckets in range(int(best[:, size].argmin()), 0, -1):
     # Over all narrower ones too: this makes the chain.
-    widths.append(np.array(_round_up(widest[:, :stop].max(1), multiple)))
+    widths.append(np.array(round_up(widest[:, :stop].max(1), multiple)))
     stop = start_of[buckets, stop]
   return [_shape(source, label, data, rows_multiple)
           for source, label in _refine(widths[::-1], sources, labels, multiple)]
@@ -77,7 +77,7 @@ def choose_shapes(sources: np.ndarray, targets: np.ndarray, data: DataConfig, ro
 def _refine(widths: list[np.ndarray], sources: np.ndarray, labels: np.ndarray, multiple: int) -> list[np.ndarray]:
   # The cuts above give a bucket room for the longest of both sides; where one side is mostly the shorter one, its few
   # long sentences are better off in the next bucket. So move each width by a step as long as padding shrinks.
-  cells, count = np.unique(_round_up(np.stack([sources, labels], 1), multiple), axis=0, return_counts=True)
+  cells, count = np.unique(round_up(np.stack([sources, labels], 1), multiple), axis=0, return_counts=True)
 
   def positions(widths: list[np.ndarray]) -> int:
     inside = (cells[:, None] <= np.stack(widths)).all(-1)
@@ -129,15 +129,15 @@ def padded_shape(source: int, target: int, data: DataConfig, rows_multiple: int 
   """A shape for evaluation, where nothing is dropped: as wide as asked, of one `rows_multiple` at least."""
   width = max(source, target - 1)
   rows = max(data.tokens_per_batch // width // rows_multiple, 1) * rows_multiple
-  source, label = (int(_round_up(count, data.width_multiple)) for count in (source, target - 1))
+  source, label = (int(round_up(count, data.width_multiple)) for count in (source, target - 1))
   return Shape(rows, source, label + 1)
 
 
 def _shape(source: int, label: int, data: DataConfig, rows_multiple: int) -> Shape:
   # Where the multiple divides max_length both sides may fill it; there is one label less than there are tokens.
   most = data.max_length - bool(data.max_length % data.width_multiple)
-  source = min(int(_round_up(source, data.width_multiple)), data.max_length)
-  label = min(int(_round_up(label, data.width_multiple)), max(most, 1))
+  source = min(int(round_up(source, data.width_multiple)), data.max_length)
+  label = min(int(round_up(label, data.width_multiple)), max(most, 1))
   width = max(source, label)
   rows = data.tokens_per_batch // width // rows_multiple * rows_multiple
   require(rows > 0, f'data.tokens_per_batch {data.tokens_per_batch} does not hold {rows_multiple} rows (devices x '
@@ -145,5 +145,6 @@ def _shape(source: int, label: int, data: DataConfig, rows_multiple: int) -> Sha
   return Shape(rows, source, label + 1)
 
 
-def _round_up(width: Any, multiple: int) -> Any:
+def round_up(width: Any, multiple: int) -> Any:
+  """The next multiple that is not below `width`."""
   return -(-width // multiple) * multiple

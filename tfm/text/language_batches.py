@@ -1,8 +1,9 @@
-"""Batches of a causal language model whose rows are full: blocks of a stream, or several texts packed together."""
+"""Batches whose rows are full; of a causal language model: blocks of a stream, or several texts packed together."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -31,7 +32,8 @@ class FullBatches:
     self._process_index, self._process_count = process_index, process_count
     self._order: tuple[int, np.ndarray] | None = None
 
-  def batch_at(self, step: int) -> CausalBatch:
+  def batch_at(self, step: int) -> tuple:
+    """This process's rows of batch `step` (from 0); may be called from any thread, in any order."""
     epoch, place = divmod(step, self.steps_per_epoch)
     rows = self.shapes[0].rows
     height = rows // self._process_count
@@ -56,7 +58,7 @@ class FullBatches:
     """Rows in an epoch."""
     raise NotImplementedError
 
-  def _rows(self, numbers: np.ndarray, epoch: int, height: int) -> CausalBatch:
+  def _rows(self, numbers: np.ndarray, epoch: int, height: int) -> tuple:
     raise NotImplementedError
 
 
@@ -148,7 +150,7 @@ def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
   return packs
 
 
-def packed_rows(texts: Ragged, packs: list[list[int]], height: int, width: int) -> CausalBatch:
+def packed_rows(texts: Ragged, packs: Sequence[Sequence[int]], height: int, width: int) -> CausalBatch:
   """Texts side by side, numbered from 1 on in every row."""
   ids_BxT, segments_BxT = np.full((height, width), PAD, np.int32), np.zeros((height, width), np.int32)
   for place, numbers in enumerate(packs):

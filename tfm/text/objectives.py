@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tfm.config import Config, require
+from tfm.config import Config, DataConfig, require
 from tfm.errors import DataError
 from tfm.special_ids import BOS, EOS
-from tfm.text.batches import Batches, Examples, encode_pairs, evaluation_batches
+from tfm.text.batches import Batches, Examples, encode_pairs, evaluation_batches, fitting_pairs
 from tfm.text.buckets import Shape
 from tfm.text.corpora import Corpus, Pair
 from tfm.text.language_batches import Blocks, FullBatches, Packed, block_batches, pack, packed_rows
 from tfm.text.masking import Masked, Plain, Spans
+from tfm.text.packed_pairs import PackedPairs, packed_evaluation
 from tfm.text.ragged import Ragged, encode_texts, made_of
 from tfm.text.text_files import Texts
 from tfm.text.tokenizer import Tokenizers
@@ -24,7 +25,7 @@ log = logging.getLogger('tfm')
 
 def build_batches(config: Config, corpus: Corpus, tokenizers: Tokenizers, process_index: int = 0,
                   process_count: int = 1) -> Batches | FullBatches:
-  """The training batches of a run; `batch_at(step)` gives a pair of arrays as `tfm.training.objectives` reads them.
+  """The training batches of a run; `batch_at(step)` gives arrays as `tfm.training.objectives` reads them.
 
   Raises:
     ConfigError: the token budget is too small for one row per device and micro-batch.
@@ -32,6 +33,8 @@ def build_batches(config: Config, corpus: Corpus, tokenizers: Tokenizers, proces
   """
   data, seed = config.data, config.training.seed
   share = config.data.rows_multiple, process_index, process_count
+  if config.packs_pairs:
+    return PackedPairs(*fitting_pairs(tokenizers, corpus.train(), data), data, seed, *share)
   if config.objective == 'translation':
     return Batches(corpus, tokenizers, data, seed, *share)
   if config.objective == 'causal' and data.packing != 'padded':
@@ -51,12 +54,13 @@ def build_evaluation_batches(config: Config, texts: Sequence[Pair] | Texts, toke
       truncated to `data.max_length` where they are packed, have spans or the model's positions end.
   """
   data = config.data
+  if config.packs_pairs:
+    return packed_evaluation(encode_pairs(tokenizers, texts), data, shapes[0] if shapes else _full_shape(data))
   if config.objective == 'translation':
     return evaluation_batches(encode_pairs(tokenizers, texts), data, shapes)
   if config.objective == 'causal' and data.packing != 'padded':
     framed = _framed(config, tokenizers, texts)
-    rows = max(data.tokens_per_batch // data.max_length // data.rows_multiple, 1) * data.rows_multiple
-    shape = shapes[0] if shapes else Shape(rows, 0, data.max_length + 1)
+    shape = shapes[0] if shapes else _full_shape(data)
     if data.packing == 'blocks':
       return block_batches(framed, shape)
     fitting, truncated = _fitting(framed, data.max_length, 'truncate')
@@ -68,6 +72,11 @@ def build_evaluation_batches(config: Config, texts: Sequence[Pair] | Texts, toke
   examples, truncated = _examples(config, tokenizers, texts, cut=limited)
   _warn(truncated, data.max_length)
   return evaluation_batches(examples, data, shapes)
+
+
+def _full_shape(data: DataConfig) -> Shape:
+  rows = max(data.tokens_per_batch // data.max_length // data.rows_multiple, 1) * data.rows_multiple
+  return Shape(rows, data.max_length, data.max_length + 1)
 
 
 def _warn(truncated: int, most: int) -> None:

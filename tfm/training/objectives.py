@@ -10,15 +10,21 @@ import jax.numpy as jnp
 from tfm.models.build import Model
 from tfm.training.loss import Sums, chunked_token_sums
 
-Batch = tuple[jax.Array, jax.Array | None]
+Batch = tuple[jax.Array | None, ...]
 """int32 ids, padding on the right. For an encoder-decoder source_BxS and target_BxT, which begins with <s> and ends
-with </s>; for a decoder ids_BxT and segments_BxT or None; for an encoder inputs_BxT and labels_BxT, padding where
-nothing is asked (`tfm.text.objectives` makes them)."""
+with </s>, and where a row holds several pairs source_segments_BxS and target_segments_BxT; for a decoder ids_BxT and
+segments_BxT or None; for an encoder inputs_BxT and labels_BxT, padding where nothing is asked (`tfm.text.objectives`
+makes them)."""
 
 
-def abstract_batch(shape: str, rows: int, S: int, T: int) -> Batch:
-  """Shapes of a batch for a model of `shape`, with S tokens a row for an encoder and T labels a row for a decoder."""
-  sides = {'encoder_decoder': (S, T + 1), 'decoder_only': (T + 1, None), 'encoder_only': (S, S)}[shape]
+def abstract_batch(shape: str, rows: int, S: int, T: int, packed: bool = False) -> Batch:
+  """Shapes of a batch for a model of `shape`, with S tokens a row for an encoder and T labels a row for a decoder.
+
+  Args:
+    packed: whether a row holds several texts or pairs.
+  """
+  sides = {'encoder_decoder': (S, T + 1, *(S, T + 1) * packed), 'decoder_only': (T + 1, T + 1 if packed else None),
+           'encoder_only': (S, S)}[shape]
   return tuple(None if width is None else jax.ShapeDtypeStruct((rows, width), jnp.int32) for width in sides)
 
 
@@ -26,21 +32,23 @@ def inputs_and_labels(model: Model, batch: Batch) -> tuple[tuple, jax.Array, jax
   """(what `model.hidden` reads, labels_BxT, bool BxT: which labels count).
 
   - translation and span corruption (encoder-decoder): the decoder reads the target shifted right, without its last
-    token, and says it shifted left.
+    token, and says it shifted left; in packed rows a token is not asked of the pair before it.
   - causal language model (decoder-only): likewise with the text itself; in packed rows a token is not asked of the
     text before it.
   - masked language model (encoder-only): the tokens that were masked, at their own place.
   """
-  first, second = batch
+  first, second, *more = batch
   if model.config.shape == 'encoder_only':
     return (first,), second, model.real(second)
-  if model.config.shape == 'encoder_decoder':
-    return (first, second[:, :-1]), second[:, 1:], model.real(second[:, 1:])
-  labels_BxT = first[:, 1:]
+  both = model.config.shape == 'encoder_decoder'
+  said, segments = (second, more[1] if more else None) if both else (first, second)
+  before = (first,) if both else ()
+  labels_BxT = said[:, 1:]
   counts_BxT = model.real(labels_BxT)
-  if second is None:
-    return (first[:, :-1],), labels_BxT, counts_BxT
-  return (first[:, :-1], second[:, :-1]), labels_BxT, counts_BxT & (second[:, :-1] == second[:, 1:])
+  if segments is None:
+    return (*before, said[:, :-1]), labels_BxT, counts_BxT
+  inputs = (*before, said[:, :-1], *more[:1], segments[:, :-1])
+  return inputs, labels_BxT, counts_BxT & (segments[:, :-1] == segments[:, 1:])
 
 
 def batch_sums(model: Model, params: Any, batch: Batch, smoothing: float, dropout_key=None) -> Sums:
