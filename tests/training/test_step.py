@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -210,3 +211,12 @@ def test_rematerialised_and_scanned_layers_give_the_same_update(make, variant):
   assert layout_of(found.params) == ('scanned' if 'scan_layers' in variant else 'unrolled')
   assert_close(to_layout(found.params, 'unrolled'), expected.params, atol=1e-5)
   assert_close(found_metrics, metrics, atol=0, rtol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='only a CPU takes the programs of a step in any order')
+def test_no_weight_is_copied_before_it_is_overwritten():
+  config = config_of(DESCENT)
+  step = jax.jit(build_step(config, build_model(config.model, V, V)), donate_argnums=0)
+  program = step.lower(fresh_state(config), EVEN).compile().as_text()
+  entry = program[program.index('\nENTRY'):]
+  assert 'state_params' in entry and not re.findall(r'copy\(%\w*state_params\w*', entry)

@@ -93,10 +93,15 @@ def build_step(config: Config, model: Model,
     gradients, sums = (gradient_sums if micro == 1 else accumulated)(state.params, batch, key)
     if axis_name is not None:
       gradients, sums = jax.lax.psum((gradients, sums), axis_name)
+    tokens, norm = jnp.maximum(sums.tokens, 1.0), optax.tree.norm(gradients)
+    metrics = StepMetrics(sums, norm / tokens, rate(state.step))
+    if jax.default_backend() == 'cpu':
+      # No update may begin before the last gradient is there. Otherwise XLA, whose threads on a CPU take programs in
+      # any order, first copies every weight that it is about to overwrite (190 MB at Transformer-base, 3 % of a step).
+      tokens += 0.0 * norm
     # The one division: by the target tokens of the whole batch, however it was cut.
-    gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1.0), gradients)
+    gradients = jax.tree.map(lambda g: g / tokens, gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    metrics = StepMetrics(sums, optax.tree.norm(gradients), rate(state.step))
     params = optax.apply_updates(state.params, updates)
     ema = None if state.ema is None else next_average(state.ema, params, state.step, config.optimizer.ema_decay)
     return TrainState(state.step + 1, params, opt_state, state.key, ema), metrics
