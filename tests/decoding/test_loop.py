@@ -149,3 +149,15 @@ def test_forced_tokens_beyond_the_width_of_the_prefix_are_free():
 def test_highest_is_the_first_maximum():
   values_BxV = jnp.array([[1., 3., 3., 2.], [IMPOSSIBLE] * 4, [0., 1., 2., 3.]])
   assert loop.highest(values_BxV).tolist() == jnp.argmax(values_BxV, -1).tolist() == [1, 0, 3]
+
+
+@pytest.mark.parametrize('k', [1, 3, 8])
+@pytest.mark.parametrize('values', ['apart', 'equal in places', 'all equal'])
+@pytest.mark.parametrize('width', [50, 8 * 4 * loop.BLOCK, 8 * 4 * loop.BLOCK + 7])
+def test_highest_k_is_top_k_and_equal_values_keep_their_order(k, values, width):
+  random = np.random.default_rng(k)
+  values_BxN = {'apart': random.normal(size=(5, width)), 'equal in places': random.integers(0, 12, (5, width)),
+                'all equal': np.full((5, width), IMPOSSIBLE)}[values].astype(np.float32)
+  values_BxN[0, -1] = 1e9  # the last of all, beside the padding
+  for found, expected in zip(jax.jit(loop.highest_k, static_argnums=1)(values_BxN, k), jax.lax.top_k(values_BxN, k)):
+    np.testing.assert_array_equal(found, expected)

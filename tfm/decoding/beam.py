@@ -24,7 +24,7 @@ from flax import struct
 
 from tfm.decoding.cache import Cache, Step
 from tfm.decoding.length_penalty import LengthPenalty, length_penalty
-from tfm.decoding.loop import IMPOSSIBLE, check_arguments, forced_tokens, is_end, is_one_of, token_log_probs
+from tfm.decoding.loop import IMPOSSIBLE, check_arguments, forced_tokens, highest_k, is_end, is_one_of, token_log_probs
 from tfm.special_ids import OURS, SpecialIds
 
 StopRule = Literal['bound', 'full']
@@ -115,7 +115,7 @@ def beam_search(step: Step, cache: Cache, max_lengths_B: jax.Array, length: int,
     log_probs_BxMxV = jnp.where(allowed_BxV[:, None], log_probs_BxMxV, IMPOSSIBLE)
 
     totals_BxMxV = jnp.maximum(state.live_log_prob_BxM[:, :, None] + log_probs_BxMxV, IMPOSSIBLE)
-    log_prob_BxK, flat_BxK = jax.lax.top_k(totals_BxMxV.reshape(B, M * V), K)             # B x K
+    log_prob_BxK, flat_BxK = highest_k(totals_BxMxV.reshape(B, M * V), K)             # B x K
     parent_BxK, token_BxK = flat_BxK // V, flat_BxK % V                                   # equal: lowest first
     tokens_BxKxL = _pick(state.live_tokens_BxMxL, parent_BxK).at[:, :, state.t].set(token_BxK)
 

@@ -105,6 +105,10 @@ def autoregress(step: Step, cache: Cache, choose: Choose, max_lengths_B: jax.Arr
   return out, cache
 
 
+BLOCK = 64
+"""Width of the blocks of `highest_k`."""
+
+
 def token_log_probs(logits: jax.Array) -> jax.Array:
   """Log-softmax over the last axis, float32, never below `LEAST`."""
   return jnp.maximum(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), LEAST)
@@ -118,6 +122,23 @@ def highest(values_BxV: jax.Array) -> jax.Array:
   V = values_BxV.shape[-1]
   is_highest_BxV = values_BxV == jnp.max(values_BxV, axis=-1, keepdims=True)
   return jnp.min(jnp.where(is_highest_BxV, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
+
+
+def highest_k(values_BxN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """The k highest values of each row, falling, and where they are (int32); equal ones by index, lowest first.
+
+  The same as `jax.lax.top_k`, which on a CPU looks at every value on one thread: here only at those of the k blocks
+  with the highest maxima, which hold them all (a beam of 4 over 64 sentences: 5 % of a step).
+  """
+  B, N = values_BxN.shape
+  if N < 4 * k * BLOCK:
+    return jax.lax.top_k(values_BxN, k)
+  padded = jnp.pad(values_BxN, ((0, 0), (0, -N % BLOCK)), constant_values=-jnp.inf)
+  blocks_BxGxW = padded.reshape(B, -1, BLOCK)
+  block_Bxk = jnp.sort(jax.lax.top_k(jnp.max(blocks_BxGxW, axis=-1), k)[1], axis=-1)  # in order, for equal values
+  found_BxkxW = jnp.take_along_axis(blocks_BxGxW, block_Bxk[:, :, None], axis=1)
+  highest_Bxk, place_Bxk = jax.lax.top_k(found_BxkxW.reshape(B, -1), k)
+  return highest_Bxk, jnp.take_along_axis(block_Bxk, place_Bxk // BLOCK, axis=1) * BLOCK + place_Bxk % BLOCK
 
 
 def is_one_of(ids: Sequence[int], vocabulary: int) -> jax.Array:
