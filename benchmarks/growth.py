@@ -1,7 +1,7 @@
 """How a training step grows: its time and memory against length, width and vocabulary, with fitted exponents.
 
-    python benchmarks/growth.py [--of length width vocabulary wide_vocabulary] [--lengths 128 ... 16384] [--widths 64 ... 1024]
-        [--vocabularies 1000 ... 64000] [--rounds 5] [--output FILE.json]
+    python benchmarks/growth.py [--of length width vocabulary wide_vocabulary] [--lengths 128 ... 16384]
+        [--widths 64 ... 1024] [--vocabularies 1000 ... 64000] [--rounds 5] [--output FILE.json]
 
 The step of train.py on a decoder-only model of 2 layers, float32, its attention chosen as always:
 
