@@ -142,7 +142,8 @@ def test_padding_of_a_batch_is_on_the_right_and_the_same_for_all(script):
 def test_nn_transformer_with_our_weights_has_our_losses_step_by_step(script, allocator, tmp_path, padded):
   pytest.importorskip('torch', reason='the peer of the benchmark')
   step, shape = script('training_step'), script('shapes').SHAPES['small']
-  ours, clock = step.prepare_tfm(shape, 0.0, padded, tmp_path, 3)
+  step.write_weights(tmp_path, shape)
+  ours, clock = step.prepare_tfm(shape, 0.0, padded, 3)
   theirs, _ = script('torch_step').prepare('torch', shape, 0.0, padded, tmp_path, None, 3)
   np.testing.assert_allclose(ours['losses'], theirs['losses'], atol=2e-5)
   assert ours['losses'][2] < ours['losses'][0] and len(clock(2)) == 1
