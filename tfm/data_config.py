@@ -139,7 +139,7 @@ class DataConfig(Section):
             "choose 'padded'.")
     for name, default, packings in (('over_long', 'drop', ('padded', 'packed')), ('buckets', 4, ('padded',))):
       require(self.packing in packings or getattr(self, name) == default,
-              f"data.{name} has no effect with packing='{self.packing}'; leave it out.")
+              f"data.{name} has no effect with packing='{self.packing}'; leave it out, or at {default!r}.")
 
   @property
   def monolingual(self) -> bool:
