@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import jax
 import numpy as np
 
 from tfm.config import Config
-from tfm.models.build import build_model, initialize
+from tfm.models.build import build_model
 from tfm.parallel.compile import abstract_placed, compile_ahead, jit_step, place_batch
 from tfm.parallel.mesh import build_mesh
 from tfm.parallel.rules import shardings
 from tfm.training.host_memory import reuse_freed_memory
-from tfm.training.step import TrainState, new_state
+from tfm.training.step import fresh_state
 
 
 class Training:
@@ -24,17 +25,13 @@ class Training:
       reuse_freed_memory()
     self.config, self.batch = config, batch
     self.model, self.mesh = build_model(config.model, vocabulary, vocabulary), build_mesh(config.mesh)
-    abstract = jax.eval_shape(self._fresh_state)
+    abstract = jax.eval_shape(partial(fresh_state, config, self.model))
     placed = shardings(self.mesh, abstract)
     abstract = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), abstract, placed)
     self.step = jit_step(config, self.model, self.mesh, abstract)
     compiling = compile_ahead(self.step, self.mesh, abstract, abstract_placed(batch, 1, self.mesh, config.model.shape))
-    self.state = jax.tree.map(jax.device_put, self._fresh_state(), placed)
+    self.state = jax.tree.map(jax.device_put, fresh_state(config, self.model), placed)
     self.memory = compiling.result().memory_analysis()
-
-  def _fresh_state(self) -> TrainState:
-    key = jax.random.fold_in(jax.random.key(self.config.training.seed), 0)
-    return new_state(self.config, self.model, initialize(self.model, key))
 
   def run(self, count: int) -> list[float]:
     """The losses of `count` updates, nats per token; as in the loop they are read a step behind."""

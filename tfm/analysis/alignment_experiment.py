@@ -61,7 +61,7 @@ from tfm.text.corpora import Corpus, build_corpus
 from tfm.text.synthetic_language import AlignedPair, aligned_splits, write_corpus
 from tfm.text.tokenizer import Tokenizers, train_tokenizers
 from tfm.training.compilation_cache import use_compilation_cache
-from tfm.training.step import build_step, new_state
+from tfm.training.step import build_step, fresh_state
 
 log = logging.getLogger('tfm')
 
@@ -190,7 +190,7 @@ def fit(config: Config, section: ModelSection, corpus: Corpus, tokenizers: Token
   """A model trained for `config.training.steps` steps by the package's own step and batches."""
   config = replace(config, model=section)
   model = build_model(section, tokenizers.source.vocab_size, tokenizers.target.vocab_size)
-  state = new_state(config, model, initialize(model, jax.random.fold_in(jax.random.key(config.training.seed), 0)))
+  state = fresh_state(config, model)
   step = jax.jit(build_step(config, model), donate_argnums=0)
   batches = Batches(corpus, tokenizers, config.data, config.training.seed)
   for _, batch in prefetch(batches, 0, config.training.steps):

@@ -157,8 +157,7 @@ class Batches:
     real = int(pairs.source_lengths[used].sum() + pairs.target_lengths[used].sum()) - len(used)
     padding = 1 - real / sum(shape.rows * shape.positions for shape, _ in batches)
     over_long, unfit = sum(list(self._left_out.values()), np.zeros(2, np.int64))
-    left_out = (f'{over_long:,} {self._noun} longer than {self._data.max_length} tokens were '
-                 + {'drop': 'dropped', 'truncate': 'truncated'}[self._data.over_long])
+    left_out = of_over_long(over_long, self._noun, self._data)
     if unfit:
       left_out += f', {unfit:,} drawn pairs longer than every shape were skipped'
     scope = 'a group' if self._corpus.endless else 'an epoch'
@@ -324,6 +323,12 @@ def _concatenate(parts: Sequence[Encoded]) -> Encoded:
 
 def require_process(index: int, count: int) -> None:
   require(0 <= index < count, f'process_index {index} is not below process_count {count}; number the processes from 0.')
+
+
+def of_over_long(count: int, noun: str, data: DataConfig) -> str:
+  """What became of those that are too long, for a report."""
+  done = {'drop': 'dropped', 'truncate': 'truncated'}[data.over_long]
+  return f'{count:,} {noun} longer than {data.max_length} tokens were {done}'
 
 
 def require_room(data: DataConfig) -> None:

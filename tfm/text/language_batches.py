@@ -10,7 +10,7 @@ import numpy as np
 from tfm.config import DataConfig, require
 from tfm.errors import DataError
 from tfm.special_ids import PAD
-from tfm.text.batches import permutation, require_process
+from tfm.text.batches import of_over_long, permutation, require_process
 from tfm.text.buckets import Shape
 from tfm.text.masking import CausalBatch
 from tfm.text.ragged import Ragged
@@ -95,19 +95,10 @@ class Blocks(FullBatches):
             f'of {self.shapes[0].rows} an epoch.')
 
 
-class Packed(FullBatches):
-  """Rows of several texts, which do not see each other, so that hardly anything is padding.
+class PackedRows(FullBatches):
+  """Rows of `_packs`, each of which says by number what shares a row; the last batch may have empty rows."""
 
-  Which texts share a row is settled once (best fit, longest first); the order of the rows is drawn for every epoch.
-  """
-
-  def __init__(self, texts: Ragged, over_long: int, data: DataConfig, seed: int, rows_multiple: int = 1,
-               process_index: int = 0, process_count: int = 1):
-    super().__init__(data, seed, rows_multiple, process_index, process_count)
-    self._texts, self._over_long, self._what = texts, over_long, data.over_long
-    self._packs = pack(texts.lengths, self._length + 1)
-    if not self._packs:
-      raise DataError(f'no training text has at most data.max_length = {data.max_length} tokens; raise it.')
+  _packs: Sequence[Sequence[int]]
 
   @property
   def steps_per_epoch(self) -> int:
@@ -117,17 +108,30 @@ class Packed(FullBatches):
   def _count(self) -> int:
     return len(self._packs)
 
+
+class Packed(PackedRows):
+  """Rows of several texts, which do not see each other, so that hardly anything is padding.
+
+  Which texts share a row is settled once (best fit, longest first); the order of the rows is drawn for every epoch.
+  """
+
+  def __init__(self, texts: Ragged, over_long: int, data: DataConfig, seed: int, rows_multiple: int = 1,
+               process_index: int = 0, process_count: int = 1):
+    super().__init__(data, seed, rows_multiple, process_index, process_count)
+    self._texts, self._left_out = texts, of_over_long(over_long, 'texts', data)
+    self._packs = pack(texts.lengths, self._length + 1)
+    if not self._packs:
+      raise DataError(f'no training text has at most data.max_length = {data.max_length} tokens; raise it.')
+
   def _rows(self, numbers, epoch, height):
     del epoch
     return packed_rows(self._texts, [self._packs[number] for number in numbers], height, self._length + 1)
 
   def report(self) -> str:
     tokens, rows = int(self._texts.lengths.sum()), self.steps_per_epoch * self.shapes[0].rows
-    done = {'drop': 'dropped', 'truncate': 'truncated'}[self._what]
     return (f'{len(self._texts.starts) - 1:,} texts and {tokens:,} tokens in {len(self._packs):,} rows, '
             f'{self.steps_per_epoch:,} batches of {self.shapes[0]} an epoch, '
-            f'{1 - tokens / (rows * (self._length + 1)):.1%} padding; {self._over_long:,} texts longer than '
-            f'{self._length} tokens were {done}.')
+            f'{1 - tokens / (rows * (self._length + 1)):.1%} padding; {self._left_out}.')
 
 
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:

@@ -10,12 +10,12 @@ import numpy as np
 
 from tfm.config import DataConfig
 from tfm.errors import DataError
-from tfm.text.batches import Encoded, permutation, require_room
+from tfm.text.batches import Encoded, of_over_long, permutation, require_room
 from tfm.text.buckets import Shape, padded_shape, round_up
-from tfm.text.language_batches import FullBatches, packed_rows
+from tfm.text.language_batches import PackedRows, packed_rows
 
 _DEAL = 2
-"""Beside the purposes of `FullBatches`."""
+"""Beside the purposes of `tfm.text.language_batches`."""
 
 
 class PackedBatch(NamedTuple):
@@ -29,7 +29,7 @@ class PackedBatch(NamedTuple):
   target_segments_BxT: np.ndarray
 
 
-class PackedPairs(FullBatches):
+class PackedPairs(PackedRows):
   """Rows of several pairs, which do not see each other.
 
   How many pairs of which lengths share a row is settled once, so every epoch has as many rows; which pairs these are is
@@ -44,20 +44,12 @@ class PackedPairs(FullBatches):
     require_room(data)
     if not len(pairs):
       raise DataError(f'no training pair has at most data.max_length = {data.max_length} tokens; raise it.')
-    self._pairs, self._over_long, self._what = pairs, over_long, data.over_long
+    self._pairs, self._left_out = pairs, of_over_long(over_long, 'pairs', data)
     shape, self._packs = _fewest_positions(pairs, self.shapes[0], data.width_multiple)
     self.shapes = [shape]
     self._lengths = pairs.source_lengths * (shape.target + 1) + pairs.target_lengths  # a number for each two lengths
     self._by_lengths = np.argsort(self._lengths, kind='stable')
     self._dealt: tuple[int, np.ndarray] | None = None
-
-  @property
-  def steps_per_epoch(self) -> int:
-    return -(-self._count // self.shapes[0].rows)
-
-  @property
-  def _count(self) -> int:
-    return len(self._packs)
 
   def _rows(self, numbers, epoch, height):
     dealt = self._deal(epoch)
@@ -78,10 +70,9 @@ class PackedPairs(FullBatches):
     pairs, shape = self._pairs, self.shapes[0]
     real = int(pairs.source_lengths.sum() + pairs.target_lengths.sum()) - len(pairs)
     padding = 1 - real / (self.steps_per_epoch * shape.rows * shape.positions)
-    done = {'drop': 'dropped', 'truncate': 'truncated'}[self._what]
     return (f'{len(pairs):,} pairs and {real:,} tokens in {self._count:,} rows, {self.steps_per_epoch:,} batches an '
             f'epoch, rows x (source + target) {shape}, {padding:.1%} padding and places between pairs; '
-            f'{self._over_long:,} pairs longer than {self._length} tokens were {done}.')
+            f'{self._left_out}.')
 
 
 def pack_pairs(sources: np.ndarray, targets: np.ndarray, S: int, T: int) -> list[np.ndarray]:

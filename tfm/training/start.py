@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tfm.config import Config, ConfigError, require
-from tfm.models.build import Model, build_model, count_parameters, initialize
+from tfm.models.build import Model, build_model, count_parameters
 from tfm.models.layout import to_layout
 from tfm.parallel.compile import Step, abstract_placed, compile_ahead, jit_step, pmap_step, require_rows, share_of_rows
 from tfm.parallel.mesh import build_mesh
@@ -28,7 +28,7 @@ from tfm.training.checkpoints import CheckpointError, Checkpoints, Damaged
 from tfm.training.initialize import init_from
 from tfm.training.named_arrays import is_key, place
 from tfm.training.run_folder import RunFolder
-from tfm.training.step import TrainState, new_state
+from tfm.training.step import TrainState, fresh_state, new_state
 from tfm.training.validation import BETTER_IS_LOWER
 
 log = logging.getLogger('tfm')
@@ -79,7 +79,7 @@ def start(config: Config, corpus: Corpus, run: str, init_run: str | None) -> Sta
   training = config.training
   checkpoints = Checkpoints(folder.checkpoints, training.keep_last, training.keep_best, training.keep_best_by,
                             BETTER_IS_LOWER[training.keep_best_by])
-  abstract = jax.eval_shape(partial(_fresh_state, config, model))
+  abstract = jax.eval_shape(partial(fresh_state, config, model))
   placed = shardings(mesh, abstract)
   abstract = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), abstract, placed)
   if init_run is not None and checkpoints.steps():
@@ -93,7 +93,7 @@ def start(config: Config, corpus: Corpus, run: str, init_run: str | None) -> Sta
                                     'raise training.steps.')
     sentence = f'Resuming {folder.path} at step {step} of {training.steps}'
   else:
-    state, sentence = _fresh_state(config, model), f'Starting {folder.path}'
+    state, sentence = fresh_state(config, model), f'Starting {folder.path}'
     if init_run is not None:
       params, report = init_from(init_run, state.params, tokenizers, config.model.vocab_multiple)
       state, sentence = new_state(config, model, params), f'{sentence} from the weights of {init_run}: {report}'
@@ -142,11 +142,6 @@ def _validation_batches(config: Config, corpus: Corpus, tokenizers: Tokenizers, 
   require(refused is None or longest <= refused,
           f'A validation sentence has {longest} tokens, above decoding.max_source_length={refused}; raise it.')
   return found
-
-
-def _fresh_state(config: Config, model: Model) -> TrainState:
-  key = jax.random.fold_in(jax.random.key(config.training.seed), 0)
-  return new_state(config, model, initialize(model, key))
 
 
 def _distribute(leaf: jax.Array, where: jax.sharding.NamedSharding) -> jax.Array:

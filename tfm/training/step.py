@@ -11,7 +11,7 @@ import optax
 from flax import struct
 
 from tfm.config import Config
-from tfm.models.build import Model
+from tfm.models.build import Model, initialize
 from tfm.training.ema import first_average, next_average
 from tfm.training.loss import Sums
 from tfm.training.objectives import Batch, batch_sums
@@ -52,6 +52,12 @@ def new_state(config: Config, model: Model, params: Any) -> TrainState:
   key = jax.random.fold_in(jax.random.key(config.training.seed), 1)  # 0 is the key of the initialisation
   ema = None if config.optimizer.ema_decay is None else first_average(params)
   return TrainState(jnp.int32(0), params, optimizer.init(params), key, ema)
+
+
+def fresh_state(config: Config, model: Model) -> TrainState:
+  """What a run begins with where nothing is restored."""
+  key = jax.random.fold_in(jax.random.key(config.training.seed), 0)
+  return new_state(config, model, initialize(model, key))
 
 
 def build_step(config: Config, model: Model,
