@@ -10,7 +10,7 @@ import numpy as np
 
 from tfm.config import Config
 from tfm.models.build import build_model
-from tfm.parallel.compile import abstract_placed, compile_ahead, jit_step, place_batch
+from tfm.parallel.compile import jit_step, place_batch
 from tfm.parallel.mesh import build_mesh
 from tfm.parallel.rules import shardings
 from tfm.training.host_memory import reuse_freed_memory
@@ -27,17 +27,19 @@ class Training:
     self.model, self.mesh = build_model(config.model, vocabulary, vocabulary), build_mesh(config.mesh)
     abstract = jax.eval_shape(partial(fresh_state, config, self.model))
     placed = shardings(self.mesh, abstract)
-    abstract = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), abstract, placed)
     self.step = jit_step(config, self.model, self.mesh, abstract)
-    compiling = compile_ahead(self.step, self.mesh, abstract, abstract_placed(batch, 1, self.mesh, config.model.shape))
     self.state = jax.tree.map(jax.device_put, fresh_state(config, self.model), placed)
-    self.memory = compiling.result().memory_analysis()
+    with jax.set_mesh(self.mesh):
+      self.memory = self.step.lower(self.state, self._place()).compile().memory_analysis()  # what `run` will call
+
+  def _place(self):
+    return place_batch(self.batch, 0, len(self.batch[0]), self.mesh, self.config.model.shape)
 
   def run(self, count: int) -> list[float]:
     """The losses of `count` updates, nats per token; as in the loop they are read a step behind."""
     losses, pending = [], None
     for _ in range(count):
-      placed = place_batch(self.batch, 0, len(self.batch[0]), self.mesh, self.config.model.shape)
+      placed = self._place()
       with jax.set_mesh(self.mesh), jax.transfer_guard('disallow'):
         self.state, metrics = self.step(self.state, placed)
       if pending is not None:

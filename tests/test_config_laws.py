@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import pytest
 
 import tfm.training.loop
-import tfm.training.start
 from tfm.config import (
     Config,
     DataConfig,
@@ -323,7 +322,7 @@ def seen_in_loop(config, folder, monkeypatch):
 def seen_in_mesh(config, folder, monkeypatch):
   """How eight devices are arranged, and which compiler the loop asks."""
   for name in ('jit_step', 'pmap_step'):
-    monkeypatch.setattr(tfm.training.start, name, mock.Mock(side_effect=InterruptedError(name)))
+    monkeypatch.setattr(tfm.training.loop, name, mock.Mock(side_effect=InterruptedError(name)))
   alone = dataclasses.replace(config, mesh=MeshConfig(compiler=config.mesh.compiler))  # there is one device here
   with pytest.raises(InterruptedError) as asked:
     tfm.training.loop.train(alone, str(folder / 'run'))

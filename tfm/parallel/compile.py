@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -55,23 +54,6 @@ def pmap_step(config: Config, model: Model, mesh: Mesh) -> Step:
   return lambda state, batch: step(state, jax.tree.map(share_out, batch))
 
 
-def compile_ahead(step: Any, mesh: Mesh, state: TrainState, batch: Batch) -> Future:
-  """Trace `step` (of `jit_step`) now and compile it in a thread of its own; what is returned waits for that.
-
-  XLA compiles without holding Python, so weights are made or restored meanwhile. A later call of `step` with such
-  arrays finds the program, as JAX keeps it with what was lowered.
-
-  Args:
-    state, batch: shapes with shardings; without, the call would be another program to JAX.
-  """
-  with jax.set_mesh(mesh):
-    lowered = step.lower(state, batch)
-  thread = ThreadPoolExecutor(1, thread_name_prefix='compile')
-  compiling = thread.submit(lowered.compile)
-  thread.shutdown(wait=False)
-  return compiling
-
-
 def require_rows(config: Config, mesh: Mesh) -> None:
   shards, micro = row_shards(mesh), config.training.accumulate
   require(config.data.rows_multiple % (shards * micro) == 0,
@@ -98,13 +80,6 @@ def place_batch(batch: Batch, first_row: int, rows: int, mesh: Mesh, shape: str)
     return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
 
   return tuple(place(array, sharding) for array, sharding in zip(batch, batch_shardings(mesh, shape)))
-
-
-def abstract_placed(batch: Batch, parts: int, mesh: Mesh, shape: str) -> Batch:
-  """Shapes and shardings of the global batch whose rows come in `parts` equal parts, of which `batch` is one."""
-  return tuple(None if array is None else
-               jax.ShapeDtypeStruct((parts * len(array), *array.shape[1:]), array.dtype, sharding=sharding)
-               for array, sharding in zip(batch, batch_shardings(mesh, shape)))
 
 
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from tfm.config import Config
 from tfm.errors import UserError
 from tfm.loaded import assemble
 from tfm.models.layout import layout_of
-from tfm.parallel.compile import place_batch, share_of_rows
+from tfm.parallel.compile import jit_step, place_batch, pmap_step, share_of_rows
 from tfm.text.batches import prefetch
 from tfm.text.corpora import build_corpus
 from tfm.training.host_memory import reuse_freed_memory
@@ -88,6 +88,8 @@ class _Loop:
     self.mesh = begin.mesh
     # The classic front moves the batch by itself, so only the other can be held to moving nothing.
     self.pmap = config.mesh.compiler == 'pmap'
+    self.compiled = (pmap_step(config, begin.model, self.mesh) if self.pmap else
+                     jit_step(config, begin.model, self.mesh, jax.eval_shape(lambda: begin.state)))
     self.share = share_of_rows(self.mesh)
     self.writes = jax.process_index() == 0
     self.user = assemble(config, begin.model, begin.state.params, begin.tokenizers)
@@ -122,8 +124,6 @@ class _Loop:
     total, step = self.training.steps, self.first_step
     if step != total and self._out_of_patience():
       return step, 'early stop'
-    if self.begin.compiling:
-      self.begin.compiling.exception()  # waits; what went wrong is raised by the call of the step
     for index, batch in feed:
       self._dispatch(index, batch)
       step, saved = index + 1, True
@@ -153,7 +153,7 @@ class _Loop:
       if not self.pmap:
         around.enter_context(jax.set_mesh(self.mesh))
         around.enter_context(jax.transfer_guard('disallow'))
-      self.state, metrics = self.begin.step(self.state, batch)
+      self.state, metrics = self.compiled(self.state, batch)
     self._read_pending()
     self.pending = index + 1, metrics
 

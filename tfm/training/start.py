@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 from tfm.config import Config, ConfigError, require
 from tfm.models.build import Model, build_model, count_parameters
 from tfm.models.layout import to_layout
-from tfm.parallel.compile import Step, abstract_placed, compile_ahead, jit_step, pmap_step, require_rows, share_of_rows
+from tfm.parallel.compile import require_rows, share_of_rows
 from tfm.parallel.mesh import build_mesh
 from tfm.parallel.rules import shardings
 from tfm.text.batches import Batches
@@ -50,9 +49,6 @@ class Start:
   mesh: Mesh
   state: TrainState
   checkpoints: Checkpoints
-  step: Step
-  compiling: Future | None
-  """The step is being compiled for the first batch; wait before calling it. None where it compiles when called."""
   sentence: str
   """Which of the three it was."""
 
@@ -85,7 +81,6 @@ def start(config: Config, corpus: Corpus, run: str, init_run: str | None) -> Sta
   if init_run is not None and checkpoints.steps():
     raise ConfigError(f'{folder.path} is a run at step {checkpoints.steps()[-1]} already, so --init-from would have no '
                       'effect; leave it out to resume, or choose another --run.')
-  update, compiling = _step(config, model, mesh, abstract, batches, checkpoints)
   restored = _restore(checkpoints, config, model, abstract)
   if restored is not None:
     state, step = restored
@@ -108,22 +103,7 @@ def start(config: Config, corpus: Corpus, run: str, init_run: str | None) -> Sta
       folder.create(config, tokenizers)
   where = f' on {mesh.size} devices, ' + ', '.join(f'{name} {n}' for name, n in mesh.shape.items() if n > 1)
   sentence += f': {count_parameters(state.params):,} parameters{where if mesh.size > 1 else ""}.'
-  return Start(folder, tokenizers, batches, validation_batches, model, mesh, state, checkpoints, update, compiling,
-               sentence)
-
-
-def _step(config: Config, model: Model, mesh: Mesh, abstract: TrainState, batches,
-          checkpoints: Checkpoints) -> tuple[Step, Future | None]:
-  """The step, and its compilation for the first batch where that can be begun before there is a state."""
-  if config.mesh.compiler == 'pmap':
-    return pmap_step(config, model, mesh), None
-  step, saved = jit_step(config, model, mesh, abstract), checkpoints.steps()
-  first = saved[-1] if saved else 0
-  if first >= config.training.steps:
-    return step, None
-  _, parts = share_of_rows(mesh)
-  batch = abstract_placed(batches.batch_at(first), parts, mesh, config.model.shape)
-  return step, compile_ahead(step, mesh, abstract, batch)
+  return Start(folder, tokenizers, batches, validation_batches, model, mesh, state, checkpoints, sentence)
 
 
 def _validation_batches(config: Config, corpus: Corpus, tokenizers: Tokenizers, batches) -> list[tuple]:
