@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from tfm.config import TransformerConfig
 from tfm.models.layers import EncoderLayer, Tokens, split
+from tfm.models.linear import linear
 from tfm.models.norms import make_norm
 from tfm.models.tap import Tap
 from tfm.parallel.rules import constrain
@@ -56,12 +57,7 @@ class Convolution(nn.Module):
 
   def setup(self):
     c = self.config
-
-    def pointwise():
-      return nn.Dense(c.d_model, use_bias=c.biases in ('mlp', 'all'), dtype=c.dtype,
-                      kernel_init=nn.initializers.xavier_uniform())
-
-    self.inner, self.gate, self.outer = pointwise(), pointwise(), pointwise()
+    self.inner, self.gate, self.outer = (linear(c.d_model, c) for _ in range(3))
     self.depthwise, self.norm = Depthwise(c), make_norm(c)
     self.gated, self.mixed, self.act = Tap(), Tap(), Tap()
 

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tfm.models.linear import flat_dot_general
 from tfm.parallel.rules import constrain
 
 
@@ -39,8 +40,8 @@ class Embedding(nn.Module):
 
   def logits(self, x_BxTxD: jax.Array, bias_V: jax.Array | None = None, softcap: float | None = None) -> jax.Array:
     """x table^T + bias, BxTxV, accumulated and returned in float32; with `softcap` cap * tanh(logits / cap)."""
-    table = self.table.astype(self.dtype)
-    logits_BxTxV = jnp.einsum('btd,vd->btv', x_BxTxD.astype(self.dtype), table, preferred_element_type=jnp.float32)
+    logits_BxTxV = flat_dot_general(x_BxTxD.astype(self.dtype), self.table.astype(self.dtype).T,
+                                    (((x_BxTxD.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     logits_BxTxV = constrain(logits_BxTxV, 'batch', 'length', 'vocab')
     if bias_V is not None:
       logits_BxTxV = logits_BxTxV + bias_V

@@ -15,6 +15,7 @@ from tfm.model_section import ModelSection
 from tfm.models.dropout import dropout
 from tfm.models.embedding import Embedding
 from tfm.models.feed_forward import ACTIVATIONS
+from tfm.models.linear import linear
 from tfm.models.norms import make_norm
 from tfm.models.positions import LearnedPositions, positions_in_segments, sinusoidal
 from tfm.models.tap import Tap
@@ -134,8 +135,7 @@ class Ends(TokenEnds):
     super()._make_output(vocab_size)
     c = self.config
     if c.output_transform:
-      self.output_transform = nn.Dense(c.d_model, use_bias=c.biases in ('mlp', 'all'), dtype=c.dtype,
-                                       kernel_init=nn.initializers.xavier_uniform())
+      self.output_transform = linear(c.d_model, c)
       self.output_norm = make_norm(c)
 
   @property

@@ -11,6 +11,7 @@ import numpy as np
 
 from tfm.config import TransformerConfig
 from tfm.models.dropout import dropout
+from tfm.models.linear import linear
 from tfm.models.tap import Tap
 from tfm.parallel.rules import constrain
 
@@ -35,14 +36,9 @@ class FeedForward(nn.Module):
 
   def setup(self):
     c = self.config
-
-    def linear(width):
-      return nn.Dense(width, use_bias=c.biases in ('mlp', 'all'), dtype=c.dtype,
-                      kernel_init=nn.initializers.xavier_uniform())
-
-    self.inner, self.outer = linear(c.d_ff), linear(c.d_model)
+    self.inner, self.outer = linear(c.d_ff, c), linear(c.d_model, c)
     if c.gated:
-      self.gate = linear(c.d_ff)
+      self.gate = linear(c.d_ff, c)
     self.act = Tap()
 
   def __call__(self, x_BxTxD, dropout_key=None):

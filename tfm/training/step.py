@@ -105,8 +105,10 @@ def build_step(config: Config, model: Model,
       # No update may begin before the last gradient is there. Otherwise XLA, whose threads on a CPU take programs in
       # any order, first copies every weight that it is about to overwrite (190 MB at Transformer-base, 3 % of a step).
       tokens += 0.0 * norm
-    # The one division: by the target tokens of the whole batch, however it was cut.
-    gradients = jax.tree.map(lambda g: g / tokens, gradients)
+    # By the target tokens of the whole batch, however it was cut. A factor and no divisor: XLA computes a product again
+    # at each of its uses, a quotient once, to be written and read (a sixth of the update at Transformer-base).
+    per_token = 1.0 / tokens
+    gradients = jax.tree.map(lambda g: g * per_token, gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = None if state.ema is None else next_average(state.ema, params, state.step, config.optimizer.ema_decay)
