@@ -11,15 +11,17 @@ RANDOM = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize('x_shape, kernel_shape, axes', [((2, 5, 6), (6, 3, 4), 1), ((2, 5, 3, 4), (3, 4, 6), 2),
-                                                         ((5, 6), (6, 7), 1)])
+                                                         ((5, 6), (6, 7), 1), ((1, 1, 512), (512, 8, 64), 1),
+                                                         ((1, 8, 64), (8, 64, 256), 2), ((6,), (6, 7), 1)])
 def test_it_is_dot_general_and_so_are_its_gradients(x_shape, kernel_shape, axes):
   x, kernel = (jnp.asarray(RANDOM.normal(size=shape), jnp.float32) for shape in (x_shape, kernel_shape))
+  kernel /= np.sqrt(np.prod(kernel_shape[:axes]))
   numbers = ((tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))), ((), ()))
 
   def total(product, x, kernel):
     return jnp.sum(jnp.sin(product(x, kernel, numbers)))
 
-  np.testing.assert_allclose(flat_dot_general(x, kernel, numbers), jax.lax.dot_general(x, kernel, numbers), atol=1e-6)
+  np.testing.assert_allclose(flat_dot_general(x, kernel, numbers), jax.lax.dot_general(x, kernel, numbers), atol=1e-5)
   found, expected = (jax.grad(total, (1, 2))(product, x, kernel) for product in (flat_dot_general, jax.lax.dot_general))
   for one, other in zip(found, expected):
     np.testing.assert_allclose(one, other, atol=1e-5)
@@ -38,3 +40,15 @@ def test_gradients_are_not_transposed():
 
   for kernel_shape in ((6, 3, 4), (6, 7)):
     assert transposed(jax.lax.dot_general, kernel_shape) > 0 == transposed(flat_dot_general, kernel_shape)
+
+
+@pytest.mark.parametrize('x_shape, kernel_shape, dtype, halves', [
+    ((1, 1, 512), (512, 512), 'float32', True), ((512,), (512, 4, 64), 'float32', True),
+    ((1, 2, 512), (512, 512), 'float32', False), ((1, 1, 256), (256, 256), 'float32', False),
+    ((1, 1, 513), (513, 512), 'float32', False), ((1, 1, 512), (512, 512), 'bfloat16', False)])
+def test_a_row_alone_is_two_products_on_a_cpu(x_shape, kernel_shape, dtype, halves):
+  def product(x, kernel):
+    return flat_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+  text = str(jax.make_jaxpr(product)(jnp.ones(x_shape, dtype), jnp.ones(kernel_shape, dtype)))
+  assert ('([0], [0])' in text) == (halves and jax.default_backend() == 'cpu'), text

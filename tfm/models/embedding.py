@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tfm.models.linear import flat_dot_general
+from tfm.models.linear import as_rows
 from tfm.parallel.rules import constrain
 
 
@@ -40,9 +40,10 @@ class Embedding(nn.Module):
 
   def logits(self, x_BxTxD: jax.Array, bias_V: jax.Array | None = None, softcap: float | None = None) -> jax.Array:
     """x table^T + bias, BxTxV, accumulated and returned in float32; with `softcap` cap * tanh(logits / cap)."""
-    logits_BxTxV = flat_dot_general(x_BxTxD.astype(self.dtype), self.table.astype(self.dtype).T,
-                                    (((x_BxTxD.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    logits_BxTxV = constrain(logits_BxTxV, 'batch', 'length', 'vocab')
+    rows = as_rows(x_BxTxD.astype(self.dtype))
+    logits = jax.lax.dot_general(rows, self.table.astype(self.dtype), (((rows.ndim - 1,), (1,)), ((), ())),
+                                 preferred_element_type=jnp.float32)
+    logits_BxTxV = constrain(logits.reshape(*x_BxTxD.shape[:-1], -1), 'batch', 'length', 'vocab')
     if bias_V is not None:
       logits_BxTxV = logits_BxTxV + bias_V
     if softcap is not None:

@@ -6,6 +6,7 @@ import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from tfm.config import TransformerConfig
 
@@ -28,9 +29,31 @@ def flat_dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers, precisi
   if tuple(x_axes) != tuple(range(x.ndim - n, x.ndim)) or tuple(kernel_axes) != tuple(range(n)) or any(batch_axes):
     raise ValueError(f'{dimension_numbers} is not the last {n} axes of x with the first of the kernel.')
   lead, width = x.shape[:x.ndim - n], math.prod(kernel.shape[:n])
-  # Where a mesh shares out the tokens of a row they do not lie beside those of the next, and axes stay as they are.
-  cut = jax.sharding.get_abstract_mesh().shape.get('context', 1) > 1
-  x = x.reshape(*(lead if cut else (-1,)), width)
-  y = jax.lax.dot_general(x, kernel.reshape(width, -1), (((x.ndim - 1,), (0,)), ((), ())), precision=precision,
-                          preferred_element_type=preferred_element_type)
+  x, kernel_matrix = as_rows(x.reshape(*lead, width)), kernel.reshape(width, -1)
+  product = _halves if _is_read_by_one_thread(x, kernel_matrix) else jax.lax.dot_general
+  y = product(x, kernel_matrix, (((x.ndim - 1,), (0,)), ((), ())), precision=precision,
+              preferred_element_type=preferred_element_type)
   return y.reshape(*lead, *kernel.shape[n:])
+
+
+def as_rows(x: jax.Array) -> jax.Array:
+  """The states of all tokens one under another, BxTxD as (B T)xD. Where a mesh shares out the tokens of a row, and they
+  do not lie beside those of the next, x as it is."""
+  if jax.sharding.get_abstract_mesh().shape.get('context', 1) > 1:
+    return x
+  return x.reshape(-1, x.shape[-1])
+
+
+def _is_read_by_one_thread(x: jax.Array, kernel: jax.Array) -> bool:
+  """Whether XLA gives a product of decoding to one thread of a CPU: that of a single row. (Below 2^17 entries two are
+  no faster.)"""
+  return (x.size == kernel.shape[0] and x.size % 2 == 0 and kernel.size >= 2**17
+          and x.dtype == kernel.dtype == jnp.float32 and jax.default_backend() == 'cpu')
+
+
+def _halves(x, kernel, _, **options) -> jax.Array:
+  """x kernel as the sum of two products, which two threads read at twice the rate of one: a sentence is translated in
+  three quarters of the time."""
+  halves = jax.lax.dot_general(x.reshape(2, 1, -1), kernel.reshape(2, -1, kernel.shape[1]),
+                               (((2,), (1,)), ((0,), (0,))), **options)
+  return halves.sum(axis=0)
