@@ -137,9 +137,10 @@ def _losses_forward(logits_BxTxV, labels_BxT, smoothing, vocab_size):
     right_BxT = jnp.take_along_axis(logits_BxTxV, labels_BxT[..., None], axis=-1)[..., 0]
   nll_BxT = lse_BxT - right_BxT
   hits_BxT = (right_BxT >= jnp.max(logits_BxTxV, axis=-1)).astype(jnp.float32)  # cheaper than an argmax over V
-  # -sum_v q_v log p_v with q as above, without ever building the V-wide q.
-  mean_BxT = jnp.sum(_real(logits_BxTxV, vocab_size), axis=-1) / vocab_size
-  loss_BxT = (1.0 - smoothing) * nll_BxT + smoothing * (lse_BxT - mean_BxT)
+  loss_BxT = nll_BxT
+  if smoothing:  # -sum_v q_v log p_v with q as above, without ever building the V-wide q
+    mean_BxT = jnp.sum(_real(logits_BxTxV, vocab_size), axis=-1) / vocab_size
+    loss_BxT = (1.0 - smoothing) * nll_BxT + smoothing * (lse_BxT - mean_BxT)
   return (loss_BxT, nll_BxT, hits_BxT), (logits_BxTxV, labels_BxT, lse_BxT)
 
 
