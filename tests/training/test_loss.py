@@ -58,6 +58,20 @@ def test_gradient_is_that_of_the_naive_formula(batch, smoothing):
   np.testing.assert_allclose(found, jax.grad(naive_loss)(logits_BxTxV, *rest, smoothing), atol=1e-6)
 
 
+@pytest.mark.parametrize('wide', [2**15, 2**15 + 1, 70001])
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_so_it_is_with_as_many_words_as_are_taken_in_parts(wide, smoothing):
+  """The last of them is the most probable."""
+  logits = np.random.default_rng(1).normal(size=(1, 3, wide)).astype(np.float32)
+  logits[..., -1] = 9
+  labels, weights = np.array([[wide - 1, 0, 2**15 - 1]]), np.array([[1.0, 1.0, 1.0]], np.float32)
+  found, gradient = jax.value_and_grad(lambda logits: token_sums(logits, labels, weights, smoothing).loss)(logits)
+  expected, gradients = jax.value_and_grad(naive_loss)(logits, labels, weights, smoothing)
+  assert float(found) == pytest.approx(float(expected), rel=1e-5)
+  np.testing.assert_allclose(gradient, gradients, atol=1e-6)
+  assert float(token_sums(logits, labels, weights, smoothing).correct) == (labels == wide - 1).sum()
+
+
 def test_least_loss_is_the_entropy_of_the_smoothed_target():
   e = 0.2
   right, wrong = 1 - e + e / V, e / V
