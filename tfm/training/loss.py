@@ -132,7 +132,7 @@ def _losses(logits_BxTxV, labels_BxT, smoothing, vocab_size):
 def _losses_forward(logits_BxTxV, labels_BxT, smoothing, vocab_size):
   parts = _parts(logits_BxTxV)
   top_BxT = reduce(jnp.maximum, [jnp.max(part, axis=-1) for part in parts])
-  lse_BxT = top_BxT + jnp.log(sum(jnp.sum(jnp.exp(part - top_BxT[..., None]), axis=-1) for part in parts))
+  lse_BxT = reduce(jnp.logaddexp, [jax.nn.logsumexp(part, axis=-1) for part in parts])
   if jax.sharding.get_abstract_mesh().shape.get('tensor', 1) > 1:  # a gather would bring all columns to every device
     right_BxT = jnp.sum(jnp.where(_onehot(logits_BxTxV, labels_BxT), logits_BxTxV, 0.0), axis=-1)
   else:
