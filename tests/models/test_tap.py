@@ -192,11 +192,12 @@ def program(model, variables, ids) -> str:
 
 
 @pytest.mark.parametrize('scan_layers', [False, True])
-def test_taps_vanish_from_compiled_programs(tiny, ids, monkeypatch, scan_layers):
+def test_taps_vanish_from_compiled_programs(tiny, ids, monkeypatch, traces, scan_layers):
   model, variables = make(tiny, scan_layers)
   with_taps = program(model, variables, ids)
   for module in ('ends', 'feed_forward', 'layers', 'multihead'):
     monkeypatch.setattr(f'tfm.models.{module}.Tap', lambda: lambda value: value)
+  traces()
   _, found = jax.eval_shape(lambda: capture(model, variables, *ids, where=lambda module: True))
   assert not any(path.endswith(('pattern', 'resid_mid', '_embed', 'act')) for path in found)  # they are gone indeed
   assert program(model, variables, ids) == with_taps

@@ -47,15 +47,14 @@ def with_layout(model: Model, scan_layers: bool) -> Model:
 def initialize(model: Model, key: jax.Array) -> dict[str, Any]:
   """Fresh parameters. The layout does not change them: both come from the scanned initialisation, which compiles
   one layer instead of N."""
-  scanned = with_layout(model, True)
+  return to_layout(_initialize(with_layout(model, True), key),
+                   'scanned' if model.config.scan_layers else 'unrolled')
+
+
+@partial(jax.jit, static_argnums=0)
+def _initialize(scanned: Model, key: jax.Array) -> dict[str, Any]:
   ids_BxT = jnp.ones((1, 2), jnp.int32)
-  sides = 2 if model.config.shape == 'encoder_decoder' else 1
-
-  @partial(jax.jit)
-  def init(key):
-    return scanned.init(key, *[ids_BxT] * sides)['params']
-
-  return to_layout(init(key), 'scanned' if model.config.scan_layers else 'unrolled')
+  return scanned.init(key, *[ids_BxT] * (2 if scanned.config.shape == 'encoder_decoder' else 1))['params']
 
 
 def count_parameters(params: Any) -> int:

@@ -12,6 +12,7 @@ from tfm.config import TransformerConfig
 from tfm.models.conformer import ConformerLayer, ConvolutionLayer
 from tfm.models.layers import DecoderLayer, EncoderLayer, Tokens, split
 from tfm.models.positions import RelativeBias, alibi, alibi_slopes
+from tfm.models.traced_once import traced_once
 
 REMAT_POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,
@@ -97,7 +98,7 @@ class EncoderStack(Stack):
     if c.scan_layers:
       return self.layers(x_BxSxD, _stack(keys), tokens)[0]
     for layer, key in zip(self.layers, keys):
-      x_BxSxD, _ = layer(x_BxSxD, key, tokens)
+      x_BxSxD, _ = traced_once(layer, '__call__', x_BxSxD, key, tokens)
     return x_BxSxD
 
 
@@ -124,7 +125,7 @@ class DecoderStack(Stack):
     if c.scan_layers:
       return self.layers(x_BxTxD, _stack(keys), memory_BxSxD, tokens, cross_mask)[0]
     for layer, key in zip(self.layers, keys):
-      x_BxTxD, _ = layer(x_BxTxD, key, memory_BxSxD, tokens, cross_mask)
+      x_BxTxD, _ = traced_once(layer, '__call__', x_BxTxD, key, memory_BxSxD, tokens, cross_mask)
     return x_BxTxD
 
   def memory_keys_values(self, memory_BxSxD):
@@ -142,7 +143,7 @@ class DecoderStack(Stack):
       return self.layers.step(x_RxTxD, past, memory, index, tokens, cross_mask)
     grown = []
     for layer, layer_past, layer_memory in zip(self.layers, past, memory):
-      x_RxTxD, layer_past = layer.step(x_RxTxD, layer_past, layer_memory, index, tokens, cross_mask)
+      x_RxTxD, layer_past = traced_once(layer, 'step', x_RxTxD, layer_past, layer_memory, index, tokens, cross_mask)
       grown.append(layer_past)
     return x_RxTxD, tuple(grown)
 

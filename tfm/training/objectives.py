@@ -55,7 +55,7 @@ def batch_sums(model: Model, params: Any, batch: Batch, smoothing: float, dropou
   """Loss sums of a batch; with experts the loss includes their load balance, `nll` does not."""
   inputs, labels_BxT, counts_BxT = inputs_and_labels(model, batch)
   hidden_BxTxD, sown = model.apply({'params': params}, *inputs, dropout_key=dropout_key, method='hidden',
-                                   mutable=['losses'])
+                                   mutable=['losses'] if model.config.experts else [])
   sums = chunked_token_sums(
       lambda params, hidden_BxTxD: model.apply({'params': params}, hidden_BxTxD, method='unembed'),
       {name: params[name] for name in model.unembed_parameters}, hidden_BxTxD, labels_BxT,
