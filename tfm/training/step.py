@@ -99,7 +99,7 @@ def build_step(config: Config, model: Model,
     gradients, sums = (gradient_sums if micro == 1 else accumulated)(state.params, batch, key)
     if axis_name is not None:
       gradients, sums = jax.lax.psum((gradients, sums), axis_name)
-    tokens, norm = jnp.maximum(sums.tokens, 1.0), optax.tree.norm(gradients)
+    tokens, norm = jnp.maximum(sums.tokens, 1.0), _norm(gradients)
     metrics = StepMetrics(sums, norm / tokens, rate(state.step))
     if jax.default_backend() == 'cpu':
       # No update may begin before the last gradient is there. Otherwise XLA, whose threads on a CPU take programs in
@@ -115,3 +115,14 @@ def build_step(config: Config, model: Model,
     return TrainState(state.step + 1, params, opt_state, state.key, ema), metrics
 
   return step
+
+
+def _norm(gradients: Any) -> jax.Array:
+  """Their Euclidean norm. On a single device small ones are joined: each sum by itself is one program more to compile (of
+  253 arrays of Transformer-base 157 are biases and scales: a ninth of the time that compiling its step takes)."""
+  if jax.sharding.get_abstract_mesh().size > 1:  # which may have cut them
+    return optax.tree.norm(gradients)
+  small, large = [], []
+  for leaf in jax.tree.leaves(gradients):
+    (small if leaf.size <= 2**14 else large).append(leaf)
+  return optax.tree.norm([*large, *([jnp.concatenate([leaf.reshape(-1) for leaf in small])] if small else [])])
