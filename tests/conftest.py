@@ -26,6 +26,14 @@ jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 DATA = Path(os.environ.get('TFM_DATA', Path(__file__).parents[2] / 'shared' / 'data'))
 
 
+LONGEST = 'test_multi_device.py', 'test_notebooks.py', 'test_processes.py'
+"""A worker takes a whole file: one of these at the end would leave the other with nothing to do for minutes."""
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def _data(name: str) -> Path:
   folder = DATA / name
   if not folder.is_dir():

@@ -28,7 +28,8 @@ def command(run: Path, arguments: list[str], process: int | None = None, process
             devices: int = 1):
   shared = [] if process is None else ['--distributed.coordinator', f'127.0.0.1:{port}', '--distributed.processes',
                                        str(processes), '--distributed.process', str(process)]
-  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+  flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
   recipe, options = (arguments[:1], arguments[1:]) if arguments[0].endswith('.py') else ([], arguments)
   return subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *recipe, '--run', str(run), *options, *shared],
                           env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -75,8 +76,17 @@ def steps(count: int, every: int) -> list[str]:
           '--training.checkpoint-every', str(every)]
 
 
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory) -> Path:
+  """Six steps of one process."""
+  run = tmp_path_factory.mktemp('alone') / 'one'
+  found = finish([command(run, steps(6, 3))])
+  assert found[0][0] == 0, found
+  return run
+
+
 @pytest.mark.parametrize('mesh', [[], ['--mesh.data', '1', '--mesh.fsdp', '2']], ids=['data', 'fsdp'])
-def test_two_processes_train_like_one(tmp_path, mesh):
+def test_two_processes_train_like_one(tmp_path, mesh, alone):
   processes = two(tmp_path / 'two', [*steps(6, 3), *mesh])
   processes[1].wait(300)
   assert processes[0].poll() is None  # it translates the test set, for which the other need not wait
@@ -86,9 +96,7 @@ def test_two_processes_train_like_one(tmp_path, mesh):
   assert 'Process 0 of 2, 1 of 2 devices' in said and 'exact match' in out
   spoken = [line for line in (silent + silent_out).splitlines() if not line.startswith('[Gloo]')]
   assert 'step 6/6' in said and not spoken  # process 0 speaks for all
-  alone = finish([command(tmp_path / 'one', steps(6, 3))])
-  assert alone[0][0] == 0, alone
-  assert_same_weights(tmp_path / 'one', tmp_path / 'two', 6, 1e-5)
+  assert_same_weights(alone, tmp_path / 'two', 6, 1e-5)
   both = finish([command(tmp_path / 'both', [*steps(6, 3), *mesh], devices=2)])
   assert both[0][0] == 0, both
   assert_same_weights(tmp_path / 'both', tmp_path / 'two', 6)  # the same program on the same mesh: to the bit

@@ -69,9 +69,10 @@ def test_another_mask_shape_or_config_is_another_trace(tiny, ids):
   for changes in ({}, dict(norm='pre'), dict(positions='rope'), dict(attention_scale=0.1)):
     model, variables = tiny(**changes)
     for rows in (1, 3):
-      found = model.apply(variables, source_BxS[:rows], target_BxT[:rows])
+      found = jax.jit(model.apply)(variables, source_BxS[:rows], target_BxT[:rows])
       with in_place():
-        expected = model.apply(variables, source_BxS[:rows], target_BxT[:rows])
+        expected = jax.jit(lambda *inputs, model=model: model.apply(*inputs))(
+            variables, source_BxS[:rows], target_BxT[:rows])
       np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
