@@ -60,8 +60,9 @@ PACKED = dict(corpus='files', limit=None, held_out=None, root='root', train='tra
 MONOLINGUAL = 'decoder_only', 'encoder_only', 'experts'
 TEXT = dict(corpus='text', source=None, target=None, limit=None, held_out=None, root='root', train='train',
             validation='validation')
-QUICK = [('encoder_decoder', name) for name in MESHES if name not in ('data fsdp', 'tensor context', 'fsdp context',
-                                                                      'fsdp expert tensor', 'data expert context')] + [
+QUICK = [
+    *(('encoder_decoder', name) for name in ('data', 'fsdp', 'tensor', 'context', 'data context', 'fsdp tensor',
+                                             'data tensor context', 'fsdp tensor context')),
     ('decoder_only', 'fsdp tensor context'), ('decoder_only', 'data context'), ('packed pairs', 'fsdp tensor context'),
     ('packed pairs', 'data context'), ('encoder_only', 'fsdp tensor context'), ('experts', 'data expert'),
     ('experts', 'fsdp expert tensor'), ('experts', 'data expert context'), ('recurrent', 'data fsdp'),

@@ -118,8 +118,8 @@ def build_step(config: Config, model: Model,
 
 
 def _norm(gradients: Any) -> jax.Array:
-  """Their Euclidean norm. On a single device small ones are joined: each sum by itself is one program more to compile (of
-  253 arrays of Transformer-base 157 are biases and scales: a ninth of the time that compiling its step takes)."""
+  """Their Euclidean norm. On a single device small ones are joined: each sum by itself is one program more to compile
+  (157 of the 253 arrays of Transformer-base are biases and scales: a ninth of the time to compile its step)."""
   if jax.sharding.get_abstract_mesh().size > 1:  # which may have cut them
     return optax.tree.norm(gradients)
   small, large = [], []
