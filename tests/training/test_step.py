@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import tfm.training.loss
+import tfm.training.step
 from tfm.config import Config, OptimizerConfig, TokenizerConfig, TrainingConfig, TransformerConfig
 from tfm.models.build import build_model, initialize
 from tfm.models.layout import layout_of, to_layout
@@ -214,6 +215,13 @@ def test_rematerialised_and_scanned_layers_give_the_same_update(make, variant):
 
 
 @pytest.mark.skipif(jax.default_backend() != 'cpu', reason='only a CPU takes the programs of a step in any order')
+@pytest.mark.parametrize('shapes', [[(7,), (2, 3), (150, 130)], [(150, 130), (2, 100, 90)], [(7,), ()], [(5,)]])
+def test_the_norm_is_over_all_gradients_large_and_small(shapes):
+  gradients = {str(i): jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)}
+  expected = np.sqrt(sum((np.asarray(leaf, np.float64)**2).sum() for leaf in gradients.values()))
+  np.testing.assert_allclose(tfm.training.step._norm(gradients), expected, rtol=1e-5)
+
+
 def test_no_weight_is_copied_before_it_is_overwritten():
   config = config_of(DESCENT)
   step = jax.jit(build_step(config, build_model(config.model, V, V)), donate_argnums=0)
