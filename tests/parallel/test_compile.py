@@ -60,13 +60,13 @@ PACKED = dict(corpus='files', limit=None, held_out=None, root='root', train='tra
 MONOLINGUAL = 'decoder_only', 'encoder_only', 'experts'
 TEXT = dict(corpus='text', source=None, target=None, limit=None, held_out=None, root='root', train='train',
             validation='validation')
-QUICK = [
-    *(('encoder_decoder', name) for name in ('data', 'fsdp', 'tensor', 'context', 'data context', 'fsdp tensor',
-                                             'data tensor context', 'fsdp tensor context')),
-    ('decoder_only', 'fsdp tensor context'), ('decoder_only', 'data context'), ('packed pairs', 'fsdp tensor context'),
-    ('packed pairs', 'data context'), ('encoder_only', 'fsdp tensor context'), ('experts', 'data expert'),
-    ('experts', 'fsdp expert tensor'), ('experts', 'data expert context'), ('recurrent', 'data fsdp'),
-    ('convolutional', 'data fsdp'), ('conformer', 'fsdp tensor context')]
+QUICK = [('encoder_decoder', name) for name in MESHES] + [
+    ('decoder_only', 'fsdp tensor context'), ('decoder_only', 'data context'), ('decoder_only', 'data fsdp'),
+    ('packed pairs', 'fsdp tensor context'), ('packed pairs', 'data context'),
+    ('encoder_only', 'fsdp tensor context'), ('encoder_only', 'fsdp context'), ('experts', 'data'),
+    ('experts', 'data expert'), ('experts', 'fsdp expert tensor'), ('experts', 'data expert context'),
+    ('recurrent', 'data'), ('recurrent', 'data fsdp'), ('convolutional', 'data fsdp'),
+    ('conformer', 'fsdp tensor context')]
 # Every split of every family; four devices cannot share two key/value heads.
 CASES = [pytest.param(family, name, marks=() if (family, name) in QUICK else pytest.mark.slow)
          for family in FAMILIES for name, mesh in MESHES.items()
