@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache, partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,12 @@ def _make(changes):
 def tiny():
   """`tiny(norm='pre', ...)` -> (model, variables): width 16, 2 + 2 layers, 17 target words."""
   return lambda **changes: _make(tuple(sorted(changes.items())))
+
+
+@pytest.fixture
+def in_place():
+  """`with in_place():` somebody looks on, so that every layer is called where it stands in the model."""
+  return lambda: nn.intercept_methods(lambda call, args, kwargs, _: call(*args, **kwargs))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -249,7 +248,7 @@ def test_scanning_and_recomputing_change_nothing_and_every_parameter_counts(tiny
 
 
 @pytest.mark.parametrize('kind, dropouts', [('before', 3), ('after', 3), ('parallel', 2), ('conformer', 4)])
-def test_no_two_places_share_a_dropout_key(tiny, ids, monkeypatch, kind, dropouts):
+def test_no_two_places_share_a_dropout_key(tiny, ids, in_place, monkeypatch, kind, dropouts):
   """And each sub-layer has one, the convolution too."""
   model, variables = drawn(tiny, kind, 'pre', **RATES)
   sites = []
@@ -263,7 +262,7 @@ def test_no_two_places_share_a_dropout_key(tiny, ids, monkeypatch, kind, dropout
   @jax.jit
   def keys(key):
     sites.clear()
-    with nn.intercept_methods(lambda call, args, kwargs, _: call(*args, **kwargs)):  # each layer in its place
+    with in_place():
       model.apply(variables, ids[0], dropout_key=key)
     return jnp.stack([key for _, key in sites])
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +75,7 @@ def test_a_scanned_stack_is_one_loop_over_its_layers(tiny, ids):
   assert loops(scan_layers=False) == []
 
 
-def test_no_two_places_share_a_dropout_key(tiny, ids, monkeypatch):
+def test_no_two_places_share_a_dropout_key(tiny, ids, in_place, monkeypatch):
   model, variables = tiny(norm='pre', **RATES)
   sites = []
 
@@ -89,7 +88,7 @@ def test_no_two_places_share_a_dropout_key(tiny, ids, monkeypatch):
   @jax.jit
   def keys(key):
     sites.clear()
-    with nn.intercept_methods(lambda call, args, kwargs, _: call(*args, **kwargs)):  # each layer in its place
+    with in_place():
       model.apply(variables, *ids, dropout_key=key)
     return jnp.stack([key for _, key in sites])
 

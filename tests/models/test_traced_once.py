@@ -21,11 +21,6 @@ CHANGES = {
 }
 
 
-def in_place():
-  """Somebody looks on, so that every layer is called where it stands in the model."""
-  return nn.intercept_methods(lambda call, args, kwargs, _: call(*args, **kwargs))
-
-
 def value_and_gradients(model, params, ids):
   def loss(params):
     return (model.apply({'params': params}, *ids, dropout_key=jax.random.key(3))**2).sum()
@@ -34,7 +29,7 @@ def value_and_gradients(model, params, ids):
 
 
 @pytest.mark.parametrize('changes', CHANGES.values(), ids=CHANGES)
-def test_a_kept_trace_computes_what_each_layer_computes_in_its_place(tiny, ids, changes):
+def test_a_kept_trace_computes_what_each_layer_computes_in_its_place(tiny, ids, in_place, changes):
   model, variables = tiny(**changes)
   found = value_and_gradients(model, variables['params'], ids)
   with in_place():
@@ -63,7 +58,7 @@ def test_the_number_of_layers_does_not_lengthen_tracing(tiny, ids, traces):
   assert traced(tiny, ids, traces, 1) == traced(tiny, ids, traces, 4) == 2 + 2 + 3  # embeddings, encoder, decoder
 
 
-def test_another_mask_shape_or_config_is_another_trace(tiny, ids):
+def test_another_mask_shape_or_config_is_another_trace(tiny, ids, in_place):
   """What a trace was made for is all that tells two apart: nothing is taken for another."""
   source_BxS, target_BxT = ids
   for changes in ({}, dict(norm='pre'), dict(positions='rope'), dict(attention_scale=0.1)):
