@@ -15,8 +15,7 @@ def traced_once(layer: nn.Module, method: str, *arguments: Any) -> Any:
 
   A function under `jit` of weights and arguments, whose trace, derivative and lowering JAX keeps for every later layer
   of the same config and shapes; XLA inlines it, so what is compiled stays the same. Where somebody looks on (an
-  interceptor, a collection besides the weights, initialisation), the layer is called in its place in the model, as he
-  expects it.
+  interceptor, a collection besides the weights, initialisation), the layer is called in its place in the model.
   """
   # Linen does not say in public whether methods are intercepted; a kept trace would pass the interceptor by.
   watched = bool(linen._global_interceptor_stack) or layer.is_initializing() or layer.scope.mutable
