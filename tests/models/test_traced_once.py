@@ -71,9 +71,16 @@ def test_another_mask_shape_or_config_is_another_trace(tiny, ids, in_place):
       np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_what_is_not_traced_is_computed_operation_by_operation(tiny, ids, in_place):
+  model, variables = tiny()
+  found = model.apply(variables, *ids)
+  with in_place():
+    np.testing.assert_array_equal(found, model.apply(variables, *ids))
+
+
 def test_who_looks_on_sees_every_layer_although_a_trace_was_kept(tiny, ids):
   model, variables = tiny()
-  expected = model.apply(variables, *ids)  # now there is a trace
+  expected = jax.jit(partial(model.apply))(variables, *ids)  # now there is a trace
   seen = set()
 
   def interceptor(call, args, kwargs, context):
@@ -81,7 +88,7 @@ def test_who_looks_on_sees_every_layer_although_a_trace_was_kept(tiny, ids):
     return call(*args, **kwargs)
 
   with nn.intercept_methods(interceptor):
-    found = jax.jit(model.apply)(variables, *ids)
+    found = jax.jit(partial(model.apply))(variables, *ids)
   layers = {f'{stack}.layers_{i}.resid_post' for stack in ('encoder', 'decoder') for i in range(2)}
   assert layers <= seen
   np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -15,11 +15,13 @@ def traced_once(layer: nn.Module, method: str, *arguments: Any) -> Any:
 
   A function under `jit` of weights and arguments, whose trace, derivative and lowering JAX keeps for every later layer
   of the same config and shapes; XLA inlines it, so what is compiled stays the same. Where somebody looks on (an
-  interceptor, a collection besides the weights, initialisation), the layer is called in its place in the model.
+  interceptor, a collection besides the weights, initialisation), and where nothing is traced, the layer is called in
+  its place in the model.
   """
   # Linen does not say in public whether methods are intercepted; a kept trace would pass the interceptor by.
   watched = bool(linen._global_interceptor_stack) or layer.is_initializing() or layer.scope.mutable
-  if watched or set(layer.variables) != {'params'}:
+  traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((layer.variables, arguments)))
+  if watched or not traced or set(layer.variables) != {'params'}:
     return getattr(layer, method)(*arguments)
   return _call(layer.clone(parent=None, name=None), method, layer.variables['params'], *arguments)
 
