@@ -59,6 +59,6 @@ def _row_by_row(x, kernel, _, **options) -> jax.Array:
   """Each row times the kernel as the sum of two products, which two threads read at twice the rate of one, and for later
   rows from the cache: a sentence is translated in three quarters of the time, with a beam of 4 in two thirds."""
   halves = kernel.reshape(2, -1, kernel.shape[1])
-  rows = [jax.lax.dot_general(row, halves, (((2,), (1,)), ((0,), (0,))), **options).sum(axis=0)
+  rows = [jax.lax.dot_general(row, halves, (((2,), (1,)), ((0,), (0,))), **options)
           for row in x.reshape(-1, 2, 1, halves.shape[1])]
-  return jnp.concatenate(rows).reshape(*x.shape[:-1], -1)
+  return jnp.concatenate(rows, axis=1).sum(axis=0).reshape(*x.shape[:-1], -1)
