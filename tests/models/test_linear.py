@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,3 +84,14 @@ def test_up_to_four_rows_are_two_products_each_on_a_cpu(x_shape, kernel_shape, d
 
   text = str(jax.make_jaxpr(product)(jnp.ones(x_shape, dtype), jnp.ones(kernel_shape, dtype)))
   assert text.count('([0], [0])') == (rows if jax.default_backend() == 'cpu' else 0), text
+
+
+def test_a_number_of_rows_yet_unknown_is_exported():
+  rows, = jax.export.symbolic_shape('B')
+  shapes = jax.ShapeDtypeStruct((rows, 1, 512), jnp.float32), jax.ShapeDtypeStruct((512, 512), jnp.float32)
+
+  def product(x, kernel):
+    return flat_dot_general(x, kernel, (((2,), (0,)), ((), ())))
+
+  exported = jax.export.export(jax.jit(product))(*shapes)
+  assert exported.out_avals[0].shape == (rows, 1, 512)

@@ -51,9 +51,9 @@ MOST_ROWS = 4
 def _is_bound_by_reading(x: jax.Array, kernel: jax.Array) -> bool:
   """Whether a product of decoding takes as long as its kernel is read. On a CPU XLA gives that of a single row to one
   thread, and packs the kernel for that of a few rows. (Below 2^17 entries two threads are no faster.)"""
-  return (x.size <= MOST_ROWS * kernel.shape[0] and kernel.shape[0] % 2 == 0 and kernel.size >= 2**17
-          and x.dtype == kernel.dtype == jnp.float32 and jax.default_backend() == 'cpu'
-          and jax.sharding.get_abstract_mesh().size <= 1)
+  few = isinstance(x.size, int) and x.size <= MOST_ROWS * kernel.shape[0]  # exported, a size may be a symbol
+  return (few and kernel.shape[0] % 2 == 0 and kernel.size >= 2**17 and x.dtype == kernel.dtype == jnp.float32
+          and jax.default_backend() == 'cpu' and jax.sharding.get_abstract_mesh().size <= 1)
 
 
 def _row_by_row(x, kernel, _, **options) -> jax.Array:
