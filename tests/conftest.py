@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope='module', autouse=True)
 def _programs_are_forgotten():
   """Every compiled program holds some six mappings of memory, of which Linux allows a process 65,530: with those of the
-  whole suite a worker would die in the middle of a test, and hold 10 GiB before."""
+  whole suite a worker would die in the middle of a test, and hold 6 GiB before."""
   yield
   maps = Path('/proc/self/maps')
   if maps.exists() and maps.read_bytes().count(b'\n') > 10_000:

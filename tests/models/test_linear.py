@@ -76,8 +76,8 @@ def test_so_it_is_with_a_few_rows(x_shape, kernel_shape, axes):
 @pytest.mark.parametrize('x_shape, kernel_shape, dtype, rows', [
     ((1, 1, 512), (512, 512), 'float32', 1), ((512,), (512, 4, 64), 'float32', 1),
     ((4, 1, 512), (512, 512), 'float32', 4), ((1, 5, 512), (512, 512), 'float32', 0),
-    ((1, 1, 256), (256, 256), 'float32', 0),
-    ((1, 1, 513), (513, 512), 'float32', 0), ((4, 1, 512), (512, 512), 'bfloat16', 0)])
+    ((1, 1, 256), (256, 256), 'float32', 0), ((1, 1, 513), (513, 512), 'float32', 0),
+    ((4, 1, 512), (512, 512), 'bfloat16', 0)])
 def test_up_to_four_rows_are_two_products_each_on_a_cpu(x_shape, kernel_shape, dtype, rows):
   def product(x, kernel):
     return flat_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))

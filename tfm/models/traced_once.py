@@ -20,10 +20,11 @@ def traced_once(layer: nn.Module, method: str, *arguments: Any) -> Any:
   """
   # Linen does not say in public whether methods are intercepted; a kept trace would pass the interceptor by.
   watched = bool(linen._global_interceptor_stack) or layer.is_initializing() or layer.scope.mutable
-  traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((layer.variables, arguments)))
-  if watched or not traced or set(layer.variables) != {'params'}:
+  variables = layer.variables
+  traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((variables, arguments)))
+  if watched or not traced or set(variables) != {'params'}:
     return getattr(layer, method)(*arguments)
-  return _call(layer.clone(parent=None, name=None), method, layer.variables['params'], *arguments)
+  return _call(layer.clone(parent=None, name=None), method, variables['params'], *arguments)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
